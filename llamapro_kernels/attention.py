@@ -1,0 +1,206 @@
+"""Attention that keeps the log-sum-exp of a row and never the scores.
+
+    s = scale * q k^T (masked),  lse = log sum exp s,  p = exp(s - lse),  o = p v
+    dv = p^T do,  ds = p * (do v^T - rowsum(do * o)),  dq = scale * ds k,  dk = scale * ds^T q
+
+q is (B, T, H, D), k and v (B, S, Hkv, D), H a multiple of Hkv (query head h reads key head
+h // (H / Hkv)); o is (B, T, H, D) in q's dtype, lse (B, H, T) in fp32 (fp64 for fp64), as are the
+sums. When S != T the last query sees the last key. A row that sees nothing gives zeros.
+Saved for backward: q, k, v, o and lse, unless nothing wants a gradient. Bytes moved at least:
+q, k, v, o once each; 4 B H T S D FLOPs forward (half when causal), 2.5 times that backward.
+
+The reference below holds a (T, S) block of scores per head; the kernels do not.
+
+Source: Dao 2023, "FlashAttention-2".
+"""
+
+import torch
+
+from llamapro_kernels import library
+
+
+def flash_attention_reference(q, k, v, cu_seqlens, causal, scale, window):
+    """Ground truth: o and lse by explicit scores."""
+    qg, kg, vg = _grouped(q, k, v)
+    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, scale, window)
+    lse = scores.logsumexp(-1, keepdim=True)
+    o = _probabilities(scores, lse) @ vg
+    return _ungrouped(o, q), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def flash_attention_backward_reference(
+    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v
+):
+    qg, kg, vg = _grouped(q, k, v)
+    dog, og = _grouped(do, k, v)[0], _grouped(o, k, v)[0]
+    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, scale, window)
+    p = _probabilities(scores, lse.reshape(*scores.shape[:-1], 1))
+    dq, dk, dv = q.new_empty(0), k.new_empty(0), v.new_empty(0)
+    if want_v:
+        dv = (p.mT @ dog).transpose(1, 2).to(v.dtype)
+    if want_q or want_k:
+        ds = p.mul_((dog @ vg.mT).sub_((dog * og).sum(-1, keepdim=True))).mul_(scale)
+        if want_q:
+            dq = _ungrouped(ds @ kg, q)
+        if want_k:
+            dk = (ds.mT @ qg).transpose(1, 2).to(k.dtype)
+    return dq, dk, dv
+
+
+def _grouped(q, k, v):
+    """q as (B, Hkv, G * T, D), k and v as (B, Hkv, S, D): one product per key head, no copies."""
+    dtype = library.compute_dtype(q.dtype)
+    batch, length, heads, dim = q.shape
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim).permute(0, 2, 3, 1, 4)
+    return (
+        q.to(dtype).reshape(batch, k.shape[2], -1, dim),
+        k.to(dtype).transpose(1, 2),
+        v.to(dtype).transpose(1, 2),
+    )
+
+
+def _ungrouped(x, like):
+    batch, length, heads, dim = like.shape
+    return x.reshape(batch, heads, length, dim).transpose(1, 2).to(like.dtype)
+
+
+def _scores(q, k, length, cu_seqlens, causal, scale, window):
+    scores = (q * scale) @ k.mT
+    mask = _mask(length, k.shape[2], cu_seqlens, causal, window, q.device)
+    if mask is not None:
+        by_query = scores.view(*scores.shape[:2], -1, *mask.shape)
+        by_query.masked_fill_(~mask, float("-inf"))
+    return scores
+
+
+def _probabilities(scores, lse):
+    """exp(scores - lse) in place; a row that sees nothing has lse = -inf and becomes zeros."""
+    return scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
+
+
+def _mask(queries, keys, cu_seqlens, causal, window, device):
+    """(T, S), True where the query may see the key; None when every one may."""
+    if not causal and cu_seqlens is None:
+        return None
+    key = torch.arange(keys, device=device)
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    mask = key <= query if causal else torch.ones_like(key == query)
+    if window is not None:
+        mask &= key > query - window
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, key.to(cu_seqlens.dtype), right=True)
+        mask &= document == document[:, None]
+    return mask
+
+
+def _fake(q, k, v, cu_seqlens, causal, scale, window):
+    batch, length, heads, _ = q.shape
+    lse = q.new_empty((batch, heads, length), dtype=library.compute_dtype(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+def _fake_backward(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v):
+    return tuple(library.empty_if(w, t) for w, t in ((want_q, q), (want_k, k), (want_v, v)))
+
+
+flash_attention_op = library.define(
+    "flash_attention",
+    forward="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale,"
+    " int? window) -> (Tensor o, Tensor lse)",
+    backward="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
+    " Tensor? cu_seqlens, bool causal, float scale, int? window,"
+    " bool want_q, bool want_k, bool want_v) -> (Tensor dq, Tensor dk, Tensor dv)",
+    fakes={"forward": _fake, "backward": _fake_backward},
+)
+flash_attention_op.register(
+    "reference", forward=flash_attention_reference, backward=flash_attention_backward_reference
+)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens, *ctx.settings = inputs
+    o, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    if any(ctx.needs_input_grad):
+        packed = () if cu_seqlens is None else (cu_seqlens,)
+        ctx.save_for_backward(q, k, v, o, lse, *packed)
+
+
+def _backward(ctx, do, _):
+    wanted = ctx.needs_input_grad[:3]
+    if do is None:
+        return (None,) * 7
+    *tensors, cu_seqlens = (
+        ctx.saved_tensors
+        if len(ctx.saved_tensors) == 6
+        else (
+            *ctx.saved_tensors,
+            None,
+        )
+    )
+    grads = torch.ops.llamapro.flash_attention_backward(
+        do, *tensors, cu_seqlens, *ctx.settings, *wanted
+    )
+    return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 4)
+
+
+flash_attention_op.autograd(_backward, setup_context=_setup_context)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v per head, without keeping the scores.
+
+    q: (B, T, H, D), k, v: (B, S, Hkv, D) of one floating dtype, H a multiple of Hkv; returns
+    (B, T, H, D). `scale` defaults to 1 / sqrt(D). `causal`: the last query sees the last key and
+    each earlier one a key less. `window` W (causal only): a query sees itself and the W - 1
+    tokens before it. `cu_seqlens` (int32, (documents + 1,), from 0 to T): documents lie one after
+    the other in a batch of one, S = T, and see only themselves.
+    Raises TypeError for dtypes and ValueError for shapes or options that do not fit.
+    Source: Dao 2023, "FlashAttention-2".
+    """
+    library.check_floating(q=q, k=k, v=v)
+    _check_shapes(q, k, v)
+    if window is not None and (not causal or window < 1):
+        raise ValueError(f"window must be at least 1 and causal, got {window}, causal={causal}")
+    if cu_seqlens is not None:
+        _check_documents(q, k, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.llamapro.flash_attention(q, k, v, cu_seqlens, causal, scale, window)[0]
+
+
+def _check_shapes(q, k, v):
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            "q (B, T, H, D) and k, v (B, S, Hkv, D) expected,"
+            f" got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            "q and k must agree in batch and head dimension, and k's heads divide q's,"
+            f" got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def _check_documents(q, k, cu_seqlens):
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.device != q.device:
+        raise ValueError(
+            "cu_seqlens must be (documents + 1,) int32 on q's device,"
+            f" got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
+        )
+    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+        raise ValueError(
+            "packed documents need a batch of one and S = T,"
+            f" got q {tuple(q.shape)} and k {tuple(k.shape)}"
+        )

@@ -1,0 +1,145 @@
+"""The ``llamapro::`` operator namespace, and which backend serves an op.
+
+An op file calls `define` once for the schema and `Op.register` once for each backend that can
+serve it. Callers see one ``torch.ops.llamapro.<name>`` whatever runs underneath, so adding a
+backend never touches a caller.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("triton", "cpp", "reference")  # in order of preference
+
+_namespace = torch.library.Library("llamapro", "DEF")
+_ops: dict[str, "Op"] = {}
+# Process-wide, not a context variable: autograd runs backward in threads of its own.
+_forced: str | None = None
+
+
+class Op:
+    """One op: its forward and backward schema, and the backends registered for them."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.implementations: dict[str, dict[str, Callable]] = {}
+
+    def register(self, backend: str, **functions: Callable) -> None:
+        """Serve this op by `backend`: one function for each of the op's schemas, by its suffix."""
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        self.implementations[backend] = functions
+
+    def backend_for(self, device_type: str, dtype: torch.dtype) -> str:
+        """The backend that serves tensors of this device and dtype now."""
+        if _forced is not None:
+            if _forced not in self.implementations:
+                raise RuntimeError(
+                    f"{self.name} has no {_forced!r} backend, it has {sorted(self.implementations)}"
+                )
+            return _forced
+        return next(
+            b for b in BACKENDS if b in self.implementations and _runs_on(b, device_type, dtype)
+        )
+
+    def autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """Attach the derivative formula; a second derivative raises instead of being zero."""
+
+        def once(ctx, *grads):
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{self.name} has no second derivative: backward got create_graph=True"
+                )
+            return backward(ctx, *grads)
+
+        torch.library.register_autograd(
+            f"llamapro::{self.name}", once, setup_context=setup_context, lib=_namespace
+        )
+
+    def _router(self, kind: str) -> Callable:
+        def serve(*args):
+            tensor = next(a for a in args if isinstance(a, torch.Tensor))
+            backend = self.backend_for(tensor.device.type, tensor.dtype)
+            outputs = self.implementations[backend][kind](*args)
+            if isinstance(outputs, torch.Tensor):
+                return outputs.contiguous()  # as the fakes promise
+            return tuple(t.contiguous() for t in outputs)
+
+        return serve
+
+
+def define(name: str, *, forward: str, backward: str, fakes: dict[str, Callable]) -> Op:
+    """Define ``llamapro::<name>`` and ``llamapro::<name>_backward`` with these schemas.
+
+    `fakes` holds the shape functions of both, under "forward" and "backward".
+    """
+    op = _ops[name] = Op(name)
+    for kind, schema in (("forward", forward), ("backward", backward)):
+        qualified = name if kind == "forward" else f"{name}_backward"
+        _namespace.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
+        _namespace.impl(qualified, op._router(kind), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"llamapro::{qualified}", fakes[kind], lib=_namespace)
+    return op
+
+
+def backends(device: str | None = None) -> dict[str, str]:
+    """Which backend serves each op, e.g. ``{"rms_norm": "reference", ...}``.
+
+    device: "cuda" or "cpu"; by default CUDA when there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: op.backend_for(device, torch.float32) for name, op in sorted(_ops.items())}
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Serve every op by `backend` within the block, for the whole process.
+
+    Raises ValueError for an unknown backend and RuntimeError, at the first call, for an op that
+    lacks it: never another backend silently.
+    """
+    global _forced
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    previous, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are accumulated in: fp64 for fp64, otherwise fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_if(wanted: bool, like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised contiguous gradient for `like`, or zero bytes where nobody wants it.
+
+    A schema has a fixed number of outputs, so the unwanted ones are empty tensors.
+    """
+    return like.new_empty(like.shape if wanted else 0)
+
+
+def check_floating(**tensors: torch.Tensor) -> None:
+    """Raise TypeError unless all are floating-point tensors on one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, {first_name} on {first.device}: one device expected"
+            )
+
+
+def _runs_on(backend: str, device_type: str, dtype: torch.dtype) -> bool:
+    if backend == "reference":
+        return True
+    if dtype == torch.float64:  # kernels accumulate in fp32; only the reference keeps fp64
+        return False
+    if backend == "triton":
+        return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return device_type == "cpu"

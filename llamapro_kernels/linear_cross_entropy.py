@@ -1,0 +1,176 @@
+"""Cross-entropy of a linear head, in chunks of tokens: no (tokens, V) tensor ever exists.
+
+    z = x w^T,  lse = log sum exp z,  loss_i = lse_i - z_i[target_i]
+    dz = (softmax(z) - onehot(target)) * upstream,  dx = dz w,  dw = dz^T x
+
+x is (N, D), weight (V, D), targets (N,) integer; sums in fp32 (fp64 for fp64), losses too.
+Because softmax(z) is at hand while the loss is computed, the forward also computes the gradients
+that will be wanted, for an upstream gradient of one; backward only scales them. The one case
+where that is impossible, the weight's gradient under reduction "none", reads lse in backward and
+computes z again. A frozen head has no (V, D) buffer, a frozen x no (N, D) buffer.
+
+Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; the fused
+forward is Liger-Kernel's idea (Hsu et al. 2024).
+"""
+
+import torch
+
+from llamapro_kernels import library
+
+CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def linear_cross_entropy_reference(
+    x, weight, targets, ignore_index, reduction, want_x, want_weight
+):
+    """Ground truth: loss, lse, dx and dweight; both gradients for an upstream gradient of 1."""
+    dtype = library.compute_dtype(x.dtype)
+    valid = targets != ignore_index
+    _check_targets(targets, valid, weight.shape[0])
+    losses, lse = x.new_empty(len(x), dtype=dtype), x.new_empty(len(x), dtype=dtype)
+    scale = valid.sum().clamp(min=1).to(dtype).reciprocal() if reduction == "mean" else 1.0
+    dx = x.new_empty(x.shape if want_x else 0)
+    dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
+    for rows in _chunks(x, weight):
+        logits = torch.nn.functional.linear(x[rows], weight).to(dtype)
+        lse[rows] = logits.logsumexp(-1)
+        target = targets[rows].where(valid[rows], 0)[:, None]
+        losses[rows] = (lse[rows] - logits.gather(1, target)[:, 0]).where(valid[rows], 0.0)
+        if want_x or want_weight:
+            dlogits = _dlogits(logits, lse[rows], target, valid[rows], scale).to(x.dtype)
+            if want_x:
+                dx[rows] = dlogits @ weight
+            if want_weight:
+                dweight += dlogits.T @ x[rows]
+    loss = losses if reduction == "none" else losses.sum() * scale
+    return loss, lse, dx, dweight.to(weight.dtype)
+
+
+def linear_cross_entropy_backward_reference(dloss, x, weight, targets, lse, ignore_index):
+    """dweight when each token has an upstream gradient of its own: dloss is (N,)."""
+    dweight = weight.new_zeros(weight.shape, dtype=lse.dtype)
+    for rows in _chunks(x, weight):
+        logits = torch.nn.functional.linear(x[rows], weight).to(lse.dtype)
+        valid = targets[rows] != ignore_index
+        target = targets[rows].where(valid, 0)[:, None]
+        upstream = dloss[rows, None].to(lse.dtype)
+        dlogits = _dlogits(logits, lse[rows], target, valid, upstream).to(x.dtype)
+        dweight += dlogits.T @ x[rows]
+    return dweight.to(weight.dtype)
+
+
+def _dlogits(logits, lse, target, valid, upstream):
+    """The logits' gradient, in the logits' memory."""
+    dlogits = logits.sub_(lse[:, None]).exp_()
+    dlogits.scatter_add_(1, target, torch.full_like(target, -1, dtype=dlogits.dtype))
+    return dlogits.mul_(upstream).masked_fill_(~valid[:, None], 0.0)
+
+
+def _chunks(x, weight):
+    rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
+    return [slice(i, i + rows) for i in range(0, len(x), rows)]
+
+
+def _check_targets(targets, valid, vocabulary):
+    """On a GPU this check would wait for the device, so it is made on the CPU only."""
+    if targets.device.type != "cpu":
+        return
+    bad = targets[valid & ((targets < 0) | (targets >= vocabulary))]
+    if len(bad):
+        raise IndexError(
+            f"targets must lie in 0..{vocabulary - 1} or be ignore_index, got {bad[0].item()}"
+        )
+
+
+def _fake(x, weight, targets, ignore_index, reduction, want_x, want_weight):
+    lse = x.new_empty(x.shape[0], dtype=library.compute_dtype(x.dtype))
+    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
+    return loss, lse, library.empty_if(want_x, x), library.empty_if(want_weight, weight)
+
+
+def _fake_backward(dloss, x, weight, targets, lse, ignore_index):
+    return weight.new_empty(weight.shape)
+
+
+linear_cross_entropy_op = library.define(
+    "linear_cross_entropy",
+    forward="(Tensor x, Tensor weight, Tensor targets, int ignore_index, str reduction,"
+    " bool want_x, bool want_weight) -> (Tensor loss, Tensor lse, Tensor dx, Tensor dweight)",
+    backward="(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor lse,"
+    " int ignore_index) -> Tensor",
+    fakes={"forward": _fake, "backward": _fake_backward},
+)
+linear_cross_entropy_op.register(
+    "reference",
+    forward=linear_cross_entropy_reference,
+    backward=linear_cross_entropy_backward_reference,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, targets, ctx.ignore_index, ctx.reduction, want_x, want_weight = inputs
+    _, lse, dx, dweight = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, dx, dweight)
+    ctx.late_weight = ctx.needs_input_grad[1] and not want_weight
+    again = (x, weight, targets, lse) if ctx.late_weight else ()
+    ctx.save_for_backward(dx if want_x else None, dweight if want_weight else None, *again)
+
+
+def _backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 7
+    dx, dweight, *again = ctx.saved_tensors
+    if dx is not None:
+        dx = dx * (dloss[:, None] if ctx.reduction == "none" else dloss).to(dx.dtype)
+    if dweight is not None:
+        dweight = dweight * dloss.to(dweight.dtype)
+    if ctx.late_weight:
+        dweight = torch.ops.llamapro.linear_cross_entropy_backward(dloss, *again, ctx.ignore_index)
+    return dx, dweight, None, None, None, None, None
+
+
+linear_cross_entropy_op.autograd(_backward, setup_context=_setup_context)
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Cross-entropy of the logits ``x @ weight.T`` against `targets`, without holding them.
+
+    x: (..., D) and weight: (V, D) of one floating dtype, targets: (...) int64 or int32. Returns
+    the fp32 loss: a scalar for "mean" (over valid targets) and "sum", (...) for "none". Targets
+    equal to `ignore_index` do not count; when all are ignored the loss and gradients are 0.
+    Raises TypeError for dtypes, ValueError for shapes, IndexError for targets outside 0..V-1.
+    Source: Wijmans et al. 2024.
+    """
+    library.check_floating(x=x, weight=weight)
+    if x.dtype != weight.dtype or targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            "x and weight must have one dtype and targets int64 or int32,"
+            f" got {x.dtype}, {weight.dtype}, {targets.dtype}"
+        )
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or targets.shape != x.shape[:-1]:
+        raise ValueError(
+            "x (..., D), weight (V, D) and targets (...) expected,"
+            f" got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    recording = torch.is_grad_enabled()
+    loss = torch.ops.llamapro.linear_cross_entropy(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        targets.reshape(-1).long(),
+        ignore_index,
+        reduction,
+        recording and x.requires_grad,
+        recording and weight.requires_grad and reduction != "none",
+    )[0]
+    return loss.reshape(targets.shape) if reduction == "none" else loss

@@ -23,9 +23,12 @@ def flash_attention_reference(q, k, v, cu_seqlens, causal, scale, window):
     """Ground truth: o and lse by explicit scores."""
     qg, kg, vg = _grouped(q, k, v)
     scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, scale, window)
-    lse = scores.logsumexp(-1, keepdim=True)
-    o = _probabilities(scores, lse) @ vg
-    return _ungrouped(o, q), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+    peak = scores.amax(-1, keepdim=True) if k.shape[1] else scores.new_zeros(1)
+    peak = peak.clamp(min=torch.finfo(scores.dtype).min)  # a row that sees nothing has -inf
+    p = scores.sub_(peak).exp_()
+    total = p.sum(-1, keepdim=True)
+    o = (p @ vg) / total.where(total > 0, 1)
+    return _ungrouped(o, q), (peak + total.log()).reshape(q.shape[0], q.shape[2], q.shape[1])
 
 
 def flash_attention_backward_reference(
@@ -34,7 +37,8 @@ def flash_attention_backward_reference(
     qg, kg, vg = _grouped(q, k, v)
     dog, og = _grouped(do, k, v)[0], _grouped(o, k, v)[0]
     scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, scale, window)
-    p = _probabilities(scores, lse.reshape(*scores.shape[:-1], 1))
+    lse = lse.reshape(*scores.shape[:-1], 1)
+    p = scores.sub_(lse.masked_fill(lse == float("-inf"), 0)).exp_()
     dq, dk, dv = q.new_empty(0), k.new_empty(0), v.new_empty(0)
     if want_v:
         dv = (p.mT @ dog).transpose(1, 2).to(v.dtype)
@@ -71,11 +75,6 @@ def _scores(q, k, length, cu_seqlens, causal, scale, window):
         by_query = scores.view(*scores.shape[:2], -1, *mask.shape)
         by_query.masked_fill_(~mask, float("-inf"))
     return scores
-
-
-def _probabilities(scores, lse):
-    """exp(scores - lse) in place; a row that sees nothing has lse = -inf and becomes zeros."""
-    return scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0)).exp_()
 
 
 def _mask(queries, keys, cu_seqlens, causal, window, device):

@@ -34,11 +34,14 @@ def linear_cross_entropy_reference(
     dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
     for rows in _chunks(x, weight):
         logits = torch.nn.functional.linear(x[rows], weight).to(dtype)
-        lse[rows] = logits.logsumexp(-1)
         target = targets[rows].where(valid[rows], 0)[:, None]
-        losses[rows] = (lse[rows] - logits.gather(1, target)[:, 0]).where(valid[rows], 0.0)
+        score, peak = logits.gather(1, target)[:, 0], logits.amax(-1, keepdim=True)
+        p = logits.sub_(peak).exp_()
+        total = p.sum(-1, keepdim=True)
+        lse[rows] = (peak + total.log())[:, 0]
+        losses[rows] = (lse[rows] - score).where(valid[rows], 0.0)
         if want_x or want_weight:
-            dlogits = _dlogits(logits, lse[rows], target, valid[rows], scale).to(x.dtype)
+            dlogits = _dlogits(p.div_(total), target, valid[rows], scale).to(x.dtype)
             if want_x:
                 dx[rows] = dlogits @ weight
             if want_weight:
@@ -55,16 +58,16 @@ def linear_cross_entropy_backward_reference(dloss, x, weight, targets, lse, igno
         valid = targets[rows] != ignore_index
         target = targets[rows].where(valid, 0)[:, None]
         upstream = dloss[rows, None].to(lse.dtype)
-        dlogits = _dlogits(logits, lse[rows], target, valid, upstream).to(x.dtype)
+        p = logits.sub_(lse[rows, None]).exp_()
+        dlogits = _dlogits(p, target, valid, upstream).to(x.dtype)
         dweight += dlogits.T @ x[rows]
     return dweight.to(weight.dtype)
 
 
-def _dlogits(logits, lse, target, valid, upstream):
-    """The logits' gradient, in the logits' memory."""
-    dlogits = logits.sub_(lse[:, None]).exp_()
-    dlogits.scatter_add_(1, target, torch.full_like(target, -1, dtype=dlogits.dtype))
-    return dlogits.mul_(upstream).masked_fill_(~valid[:, None], 0.0)
+def _dlogits(p, target, valid, upstream):
+    """The logits' gradient, in the memory of their softmax."""
+    p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+    return p.mul_(upstream).masked_fill_(~valid[:, None], 0.0)
 
 
 def _chunks(x, weight):

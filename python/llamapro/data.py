@@ -1,0 +1,170 @@
+"""Text to token files, and token files to batches.
+
+A data directory holds train.bin and heldout.bin, documents one after the other with a separator
+behind each, as uint16 or uint32, and meta.json.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llamapro.checkpoint import new_directory
+
+
+class DataError(ValueError):
+    """A corpus or token file is not what it should be."""
+
+
+def load_tokenizer(model):
+    """The `tokenizers.Tokenizer` of a model directory. Needs the "train" extra."""
+    from tokenizers import Tokenizer
+
+    path = Path(model) / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{model}: tokenizer.json expected, got none")
+    return Tokenizer.from_file(str(path))
+
+
+def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None) -> dict:
+    """Tokenize files into the new data directory `out` and return its meta.json.
+
+    sources: files, or folders searched for `pattern`. tokenizer: a model directory. heldout: the
+    share of the text set aside, by whole files: no file is in both parts. separator: the token
+    behind each document, by default the model's end of sequence.
+    Raises DataError when there is no text, FileExistsError when `out` exists.
+    """
+    if not 0 <= heldout <= 1:
+        raise DataError(f"heldout must be a share between 0 and 1, got {heldout}")
+    texts = _documents([Path(s) for s in sources], pattern)
+    encode = load_tokenizer(tokenizer)
+    separator_id = _separator_id(encode, tokenizer, separator)
+    dtype = np.uint16 if encode.get_vocab_size() <= 2**16 else np.uint32
+    aside = heldout * sum(len(text) for text in texts)
+    taken, parts = 0, {"heldout": [], "train": []}
+    for text in texts:
+        parts["heldout" if taken < aside else "train"].append(text)
+        taken += len(text)
+    meta = {
+        "dtype": np.dtype(dtype).name,
+        "vocab_size": encode.get_vocab_size(),
+        "separator": separator_id,
+        "max_token": 0,
+        "documents": {part: len(documents) for part, documents in parts.items()},
+        "tokens": {},
+    }
+    with new_directory(out) as directory:
+        for part, documents in parts.items():
+            ids = _encode(encode, documents, separator_id, dtype)
+            ids.tofile(directory / f"{part}.bin")
+            meta["tokens"][part] = len(ids)
+            meta["max_token"] = max(meta["max_token"], int(ids.max(initial=0)))
+        (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+def _documents(sources: list[Path], pattern: str) -> list[str]:
+    """Texts in an order that is fixed and mixes folders: by a hash of the path."""
+    found = []
+    for source in sources:
+        if not source.exists():
+            raise DataError(f"{source}: text expected, got no such file or folder")
+        files = [f for f in source.rglob(pattern) if f.is_file()] if source.is_dir() else [source]
+        root = source if source.is_dir() else source.parent
+        found += [(hashlib.sha256(str(f.relative_to(root)).encode()).digest(), f) for f in files]
+    texts = [f.read_text(encoding="utf-8", errors="replace") for _, f in sorted(found)]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"no text in {[str(s) for s in sources]} matching {pattern!r}")
+    return texts
+
+
+def _separator_id(encode, tokenizer, separator: str | None) -> int:
+    if separator is not None:
+        token_id = encode.token_to_id(separator)
+        if token_id is None:
+            raise DataError(f"separator {separator!r} is not in the vocabulary")
+        return token_id
+    eos = json.loads((Path(tokenizer) / "config.json").read_text()).get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) else eos
+    if eos is None:
+        raise DataError(f"{tokenizer}: no eos_token_id in config.json, name a separator")
+    return eos
+
+
+def _encode(encode, documents: list[str], separator_id: int, dtype) -> np.ndarray:
+    encoded = encode.encode_batch(documents, add_special_tokens=False)
+    pieces = [np.array([*document.ids, separator_id], dtype=dtype) for document in encoded]
+    return np.concatenate(pieces) if pieces else np.empty(0, dtype)
+
+
+def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:
+    """train.bin or heldout.bin of a data directory, memory-mapped.
+
+    Raises DataError when the files do not fit each other or the model's vocabulary.
+    """
+    directory = Path(data)
+    if not (directory / "meta.json").exists():
+        raise DataError(f"{data}: a directory made by `llamapro prepare` expected, no meta.json")
+    meta = json.loads((directory / "meta.json").read_text())
+    path, dtype, count = directory / f"{part}.bin", np.dtype(meta["dtype"]), meta["tokens"][part]
+    size = path.stat().st_size if path.exists() else 0
+    if size != count * dtype.itemsize:
+        raise DataError(
+            f"{path}: {count} tokens, {count * dtype.itemsize} bytes expected, got {size}"
+        )
+    if not count:
+        raise DataError(f"{path}: tokens expected, got an empty file")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    if meta["max_token"] >= vocab_size:
+        raise DataError(
+            f"{data}: token ids below the vocabulary's {vocab_size} expected,"
+            f" got {meta['max_token']}"
+        )
+    return tokens
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A token file cut into rows of `seq_len` tokens, each with the tokens that follow.
+
+    Rows come in a new random order each epoch, which depends on `seed` alone: the place in the
+    data is a number of rows, and going on after a stop needs no other state.
+    Raises DataError when there is not one row.
+    """
+
+    tokens: np.ndarray
+    seq_len: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if len(self) < 1:
+            raise DataError(
+                f"at least seq_len + 1 = {self.seq_len + 1} tokens expected, got {len(self.tokens)}"
+            )
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.seq_len
+
+    def row(self, index: int) -> torch.Tensor:
+        """(seq_len + 1,) int64."""
+        start = index * self.seq_len
+        return torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
+
+    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and targets, (count, seq_len) each, of shuffled rows start .. start + count."""
+        numbers = range(start, start + count)
+        places = [
+            _epoch_order(len(self), self.seed, n // len(self))[n % len(self)] for n in numbers
+        ]
+        rows = torch.stack([self.row(place) for place in places])
+        return rows[:, :-1], rows[:, 1:]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(rows)

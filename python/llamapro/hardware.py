@@ -1,0 +1,51 @@
+"""What the machine at hand can do: device, dtype and measured matmul rate."""
+
+import time
+
+import torch
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """ "auto" is CUDA when there is one, otherwise the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "bfloat16" or "float32"; "auto" is bfloat16 unless this CPU multiplies float32 faster."""
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16
+        rates = {d: matmul_rate(device, d) for d in (torch.bfloat16, torch.float32)}
+        return max(rates, key=rates.get)
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype must be auto, bfloat16 or float32, got {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of a square matrix product: the median of five."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
+    times = []
+    for _ in range(6):  # the first one warms up
+        _wait(device)
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(times[1:])[2]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's largest resident set otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,342 @@
+"""The Llama: configuration, blocks, loss and generation. Mathematics is in llamapro_kernels."""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import llamapro_kernels as lk
+
+ROPE_TYPES = ("default", "linear", "llama3")
+# Settings of config.json that would change the mathematics, and the only value served here.
+FIXED_SETTINGS = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "quantization_config": None,
+    "sliding_window": None,
+}
+
+
+@dataclass
+class LlamaConfig:
+    """A Llama's shape, under the names of Hugging Face's config.json.
+
+    `num_key_value_heads` and `head_dim` follow from the others when None. `rope_scaling` holds
+    "rope_type" (default, linear or llama3) and its settings. `llama_pro` records block expansion:
+    {"new_blocks": positions, "base_blocks": count, "base": name}. `other` keeps every further
+    field of a file that was read, and is written back unchanged.
+    Raises ValueError for what this model does not compute.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    llama_pro: dict | None = None
+    other: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads},"
+                f" got {self.num_key_value_heads}"
+            )
+        rope_type = (self.rope_scaling or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope type must be one of {ROPE_TYPES}, got {rope_type!r}")
+        new = self.new_blocks
+        if any(not 0 <= i < self.num_hidden_layers for i in new) or len(set(new)) < len(new):
+            raise ValueError(
+                f"llama_pro.new_blocks must be distinct positions below num_hidden_layers ="
+                f" {self.num_hidden_layers}, got {new}"
+            )
+
+    @property
+    def new_blocks(self) -> list[int]:
+        """Positions of the blocks that expansion added; empty for a base model."""
+        return list((self.llama_pro or {}).get("new_blocks", []))
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "LlamaConfig":
+        """From config.json of transformers 4 or 5. Refuses, by name, what is not a plain Llama."""
+        if raw.get("model_type") != "llama":
+            raise ValueError(f"model_type 'llama' expected, got {raw.get('model_type')!r}")
+        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+        if architectures != ["LlamaForCausalLM"]:
+            raise ValueError(f"architecture LlamaForCausalLM expected, got {architectures}")
+        for name, served in FIXED_SETTINGS.items():
+            if (raw.get(name) or served) != served:
+                raise ValueError(f"{name} must be {served!r}, got {raw[name]!r}")
+        if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+            raise ValueError(f"layer_types must be full_attention, got {raw['layer_types']}")
+        raw = dict(raw)
+        rope = dict(raw.pop("rope_parameters", None) or raw.pop("rope_scaling", None) or {})
+        raw.pop("rope_scaling", None)
+        if rope.setdefault("rope_type", rope.pop("type", "default")) is None:
+            rope["rope_type"] = "default"
+        raw["rope_theta"] = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+        raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        known = {f.name for f in fields(cls)} - {"other"}
+        present = {name: value for name, value in raw.items() if value is not None}
+        return cls(
+            **{name: value for name, value in present.items() if name in known},
+            other={name: value for name, value in raw.items() if name not in known},
+        )
+
+    def to_dict(self) -> dict:
+        """For config.json: every field, rope in the form of transformers 4 and of 5."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "other"}
+        if self.llama_pro is None:
+            own.pop("llama_pro")
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            **self.other,
+            **own,
+            "rope_parameters": rope,
+        }
+
+
+class Block(nn.Module):
+    """One Llama block; q, k, v are rows of one matrix, gate and up of another."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        width, dim = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        self.eps = config.rms_norm_eps
+        self.attention_norm = nn.Parameter(torch.ones(width))
+        self.qkv = nn.Linear(width, queries + 2 * keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
+        self.mlp_norm = nn.Parameter(torch.ones(width))
+        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, width, bias=config.mlp_bias)
+
+    def forward(self, x, cos, sin, cu_seqlens=None, cache=None):
+        weights = lk.BlockWeights(
+            self.attention_norm,
+            self.qkv.weight,
+            self.o_proj.weight,
+            self.mlp_norm,
+            self.gate_up.weight,
+            self.down_proj.weight,
+            self.qkv.bias,
+            self.o_proj.bias,
+            self.gate_up.bias,
+            self.down_proj.bias,
+        )
+        return lk.decoder_block(
+            x, weights, cos, sin, eps=self.eps, cu_seqlens=cu_seqlens, cache=cache
+        )
+
+    @torch.no_grad()
+    def make_identity(self) -> None:
+        """Zero what the block adds to the residual, so that its output is its input."""
+        for projection in (self.o_proj, self.down_proj):
+            for parameter in projection.parameters():
+                parameter.zero_()
+
+
+class Llama(nn.Module):
+    """A Llama with random weights; `from_pretrained` loads one.
+
+    Tied embeddings are one parameter: `lm_head.weight is embed_tokens.weight`.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype: torch.dtype | None = None, device="cpu") -> "Llama":
+        """Load a Hugging Face Llama directory, or a Hub name when online.
+
+        dtype: None keeps the checkpoint's. The configuration and the name, shape and length of
+        every tensor are checked before a weight is read; CheckpointError or ValueError says what
+        was got and what was expected.
+        """
+        from llamapro import checkpoint
+
+        return checkpoint.load(path, dtype=dtype, device=device)
+
+    def save_pretrained(self, out, files_from=None) -> Path:
+        """Write a plain Hugging Face Llama to the new directory `out`, whole or not at all.
+
+        files_from: a model directory whose tokenizer and generation files are copied along.
+        Raises FileExistsError when `out` exists, OSError when the disk is too small.
+        """
+        from llamapro import checkpoint
+
+        return checkpoint.save(self, out, files_from=files_from)
+
+    def tie(self) -> None:
+        """Make embeddings and head one parameter where the config says so; `to_empty` parts them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def hidden(self, tokens, cu_seqlens=None, cache=None) -> torch.Tensor:
+        """Final normed states: tokens (B, T) -> (B, T, N)."""
+        self._check_tokens(tokens)
+        start = cache.length if cache else 0
+        cos, sin = rope_table(self.config, start, tokens.shape[1], tokens.device)
+        x = self.embed_tokens(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cu_seqlens, cache.of_block(i) if cache else None)
+        if cache:
+            cache.length += tokens.shape[1]
+        return lk.rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def forward(self, tokens, cu_seqlens=None, cache=None) -> torch.Tensor:
+        """Logits: tokens (B, T) int64 -> (B, T, V) in the model's dtype.
+
+        cu_seqlens: packed documents, see `lk.flash_attention`. cache: a `KVCache` to go on from.
+        """
+        return self.lm_head(self.hidden(tokens, cu_seqlens, cache))
+
+    def loss(self, tokens, targets, *, cu_seqlens=None, reduction="mean") -> torch.Tensor:
+        """Cross-entropy, fp32: the sum over valid targets divided by their number.
+
+        tokens, targets: (B, T); targets of -100 do not count. reduction "sum" leaves the division
+        to a caller who accumulates several batches.
+        """
+        hidden = self.hidden(tokens, cu_seqlens)
+        return lk.linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)
+
+    def train_new_blocks_only(self) -> None:
+        """Freeze everything but the blocks that expansion added.
+
+        Raises ValueError when there are none.
+        """
+        if not self.config.new_blocks:
+            raise ValueError("no new block to train: expand the model first")
+        self.requires_grad_(False)
+        for i in self.config.new_blocks:
+            self.blocks[i].requires_grad_(True)
+
+    @torch.no_grad()
+    def generate(
+        self, tokens, max_new_tokens, *, temperature=0.0, top_p=1.0, stop=None, generator=None
+    ) -> torch.Tensor:
+        """Continue tokens (B, T) by up to max_new_tokens: returns (B, T + new).
+
+        temperature 0 is greedy; otherwise samples from the smallest set of tokens that holds
+        `top_p` of the probability. stop: ids that end a row (default: the config's eos); the row
+        is filled with its stop id until all rows have ended.
+        """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature >= 0 and 0 < top_p <= 1 expected, got {temperature} and {top_p}"
+            )
+        eos = self.config.eos_token_id if stop is None else stop
+        stop = torch.tensor([] if eos is None else eos, device=tokens.device).reshape(-1)
+        cache = KVCache(self, tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        ended = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
+        step = tokens
+        for _ in range(max_new_tokens):
+            logits = self.lm_head(self.hidden(step, cache=cache)[:, -1:])[:, 0]
+            chosen = _sample(logits.float(), temperature, top_p, generator)
+            step = torch.where(ended, tokens[:, -1:], chosen)
+            tokens = torch.cat((tokens, step), 1)
+            ended |= torch.isin(step, stop)
+            if ended.all():
+                break
+        return tokens
+
+    def _check_tokens(self, tokens):
+        """Only where it costs no wait for the device."""
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+            return
+        low, high = tokens.min().item(), tokens.max().item()
+        if low < 0 or high >= self.config.vocab_size:
+            raise IndexError(
+                f"token ids must lie in 0..{self.config.vocab_size - 1}, got {low}..{high}"
+            )
+
+
+class KVCache:
+    """Keys and values of the tokens so far, with room for `capacity` of them."""
+
+    def __init__(self, model: Llama, batch: int, capacity: int):
+        weight, config = model.embed_tokens.weight, model.config
+        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+        self.length = 0
+        self.pairs = [
+            tuple(torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in "kv")
+            for _ in model.blocks
+        ]
+
+    def of_block(self, i: int):
+        """The `cache` argument of `lk.decoder_block` for block i."""
+
+        def append(k, v):
+            end = self.length + k.shape[1]
+            for kept, new in zip(self.pairs[i], (k, v), strict=True):
+                kept[:, self.length : end] = new
+            return tuple(kept[:, :end] for kept in self.pairs[i])
+
+        return append
+
+
+def rope_table(config: LlamaConfig, start: int, length: int, device=None):
+    """cos and sin, each (T, D) fp32, of positions start .. start + length - 1.
+
+    Computed where it is used: a buffer would be rounded by `model.to(torch.bfloat16)`.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequencies = _scaled(1.0 / config.rope_theta**exponents, config.rope_scaling)
+    positions = torch.arange(start, start + length, device=device).float()
+    angles = positions[:, None] * frequencies
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+def _scaled(frequencies, scaling):
+    """Rope scaling: "linear" stretches every wave, "llama3" the long ones (Llama 3.1 report)."""
+    if scaling is None or scaling["rope_type"] == "default":
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    trained, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = 2 * math.pi / frequencies
+    smooth = ((trained / waves - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * frequencies / factor + smooth * frequencies
+
+
+def _sample(logits, temperature, top_p, generator):
+    """(B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = probabilities.masked_fill(before >= top_p, 0.0)
+    return order.gather(1, torch.multinomial(kept, 1, generator=generator))

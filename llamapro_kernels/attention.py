@@ -55,9 +55,10 @@ def _grouped(q, k, v):
     """q as (B, Hkv, G * T, D), k and v as (B, Hkv, S, D): one product per key head, no copies."""
     dtype = library.compute_dtype(q.dtype)
     batch, length, heads, dim = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim).permute(0, 2, 3, 1, 4)
+    kv_heads, group = k.shape[2], heads // k.shape[2]
+    q = q.reshape(batch, length, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
     return (
-        q.to(dtype).reshape(batch, k.shape[2], -1, dim),
+        q.to(dtype).reshape(batch, kv_heads, group * length, dim),
         k.to(dtype).transpose(1, 2),
         v.to(dtype).transpose(1, 2),
     )
@@ -72,7 +73,7 @@ def _scores(q, k, length, cu_seqlens, causal, scale, window):
     scores = (q * scale) @ k.mT
     mask = _mask(length, k.shape[2], cu_seqlens, causal, window, q.device)
     if mask is not None:
-        by_query = scores.view(*scores.shape[:2], -1, *mask.shape)
+        by_query = scores.unflatten(2, (scores.shape[2] // max(1, length), length))
         by_query.masked_fill_(~mask, float("-inf"))
     return scores
 

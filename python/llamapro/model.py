@@ -199,7 +199,7 @@ class Llama(nn.Module):
         return checkpoint.save(self, out, files_from=files_from)
 
     def tie(self) -> None:
-        """Make embeddings and head one parameter where the config says so; `to_empty` parts them."""
+        """Make embeddings and head one parameter, where the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 

@@ -10,8 +10,8 @@ class Progress:
     """Shows step, loss, learning rate, tokens/s and the remaining time."""
 
     def __init__(self, steps: int, start: int = 0):
-        self.steps, self.first, self.began = steps, start, time.perf_counter()
-        self.said = 0.0
+        self.steps, self.first = steps, start
+        self.began = self.said = 0.0
         self.bar = _bar(steps, start) if sys.stdout.isatty() else None
 
     def step(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
@@ -20,10 +20,13 @@ class Progress:
             self.bar.update(self.bar.task_ids[0], completed=step, description=text)
             return
         now = time.perf_counter()
+        self.began = self.began or now  # the first step also warms up
         if now - self.said >= PLAIN_EVERY or step == self.steps:
             self.said = now
-            left = (now - self.began) / (step - self.first) * (self.steps - step)
-            print(f"step {step}/{self.steps}  {text}  {left / 60:.1f} min left", flush=True)
+            done = step - self.first - 1
+            left = (now - self.began) / done * (self.steps - step) if done else None
+            left = "" if left is None else f"  {left / 60:.1f} min left"
+            print(f"step {step}/{self.steps}  {text}{left}", flush=True)
 
     def say(self, text: str) -> None:
         if self.bar:

@@ -1,0 +1,179 @@
+"""The command line: llamapro expand | prepare | train | eval | generate | report."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import tyro
+except ImportError:
+    sys.exit(
+        'llamapro\'s command line needs the "train" extra: pip install "llamapro-kernels[train]"'
+    )
+
+from llamapro import data, expansion
+from llamapro import report as report_module
+from llamapro.evaluate import perplexity
+from llamapro.hardware import pick_device, pick_dtype
+from llamapro.model import Llama
+from llamapro.train import Interrupted, TrainConfig
+from llamapro.train import train as run_training
+
+
+def _positional(kind, name: str):
+    return tyro.conf.Positional[Annotated[kind, tyro.conf.arg(metavar=name)]]
+
+
+def expand(
+    base: _positional(Path, "BASE"),
+    out: _positional(Path, "OUT"),
+    new_blocks: int | None = None,
+    placement: str = "interleaved",
+    per_group: int = 1,
+    keep_new: bool = False,
+) -> None:
+    """Add identity blocks to a model directory and prove that nothing changed.
+
+    Args:
+        base: Hugging Face Llama directory.
+        out: New directory for the expanded model.
+        new_blocks: How many blocks to add.
+        placement: interleaved, prefix, suffix, or positions in the expanded stack: 4,9,14.
+        per_group: Interleaved only: how many blocks are copied onto each group.
+        keep_new: Count the new blocks of an expanded base as new still.
+    """
+    where = placement
+    if placement.replace(",", "").replace("-", "").isdigit():
+        where = [int(position) for position in placement.split(",")]
+    positions = expansion.expand_checkpoint(
+        base, out, new_blocks, where, per_group=per_group, keep_new=keep_new
+    )
+    print(f"{out}: new blocks at {positions}; logits on real tokens are bit-equal to {base}'s")
+
+
+def prepare(
+    sources: _positional(tuple[Path, ...], "SOURCE..."),
+    tokenizer: Path,
+    out: Path,
+    pattern: str = "*",
+    heldout: float = 0.1,
+    separator: str | None = None,
+) -> None:
+    """Turn text files into a data directory for training and evaluation.
+
+    Args:
+        sources: Files, or folders searched for the pattern.
+        tokenizer: Model directory with a tokenizer.json.
+        out: New data directory.
+        pattern: File names to take from folders, such as *.py.
+        heldout: Share of the text to set aside, by whole files.
+        separator: Token behind each document; by default the model's end of sequence.
+    """
+    meta = data.prepare(
+        sources, tokenizer, out, pattern=pattern, heldout=heldout, separator=separator
+    )
+    print(f"{out}: {meta['tokens']} tokens of {meta['documents']} documents")
+
+
+def train(
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")],
+    resume: bool = False,
+) -> None:
+    """Train the new blocks of an expanded model, or everything.
+
+    Args:
+        resume: Go on from the newest checkpoint of the run, with the same settings.
+    """
+    summary = run_training(config, resume=resume)
+    print(f"{config.out}/final: perplexity {summary['perplexity_after']}")
+
+
+def evaluate(
+    model: _positional(Path, "MODEL"),
+    data_directory: _positional(Path, "DATA"),
+    seq_len: int = 512,
+    max_tokens: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Perplexity of a model on the held-out part of a data directory, as JSON.
+
+    Args:
+        model: Hugging Face Llama directory.
+        data_directory: Made by `llamapro prepare`.
+        max_tokens: Evenly spread over the part; all of it by default.
+        dtype: bfloat16, float32 or the faster of the two here.
+    """
+    llama = _load(model, dtype, device)
+    tokens = data.load_tokens(data_directory, "heldout", llama.config.vocab_size)
+    print(json.dumps(perplexity(llama, data.Rows(tokens, seq_len), max_tokens)))
+
+
+def generate(
+    model: _positional(Path, "MODEL"),
+    prompt: _positional(str, "PROMPT"),
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Continue a text.
+
+    Args:
+        model: Hugging Face Llama directory.
+        temperature: 0 is greedy.
+        top_p: Sample from the smallest set of tokens with this much probability.
+    """
+    llama = _load(model, dtype, device)
+    sampling = {"temperature": temperature, "top_p": top_p}
+    print(report_module.complete(llama, model, prompt, max_new_tokens, **sampling))
+
+
+def report(
+    base: _positional(Path, "BASE"),
+    runs: _positional(tuple[Path, ...], "RUN..."),
+    out: Path,
+    prompt: str = report_module.PROMPT,
+) -> None:
+    """Compare a base with the finished runs that started from it: report.md and report.png.
+
+    Args:
+        base: Hugging Face Llama directory.
+        runs: Run directories of `llamapro train`.
+        out: New directory for the report.
+        prompt: Text that every model continues.
+    """
+    print(report_module.report(base, runs, out, prompt=prompt))
+
+
+def _load(model: Path, dtype: str, device: str) -> Llama:
+    where = pick_device(device)
+    return Llama.from_pretrained(model, dtype=pick_dtype(dtype, where), device=where)
+
+
+COMMANDS = {
+    "expand": expand,
+    "prepare": prepare,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "report": report,
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command; what goes wrong is said in one line."""
+    logging.basicConfig(format="%(message)s")
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llamapro", args=args)
+    except Interrupted as stop:
+        sys.exit(f"{stop}")
+    except (ValueError, OSError, RuntimeError, ArithmeticError, IndexError) as error:
+        sys.exit(f"llamapro: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The whole method on real input: expand SmolLM2-135M, teach it Python, show what it kept.
+
+`make demo` runs it; `make sweep` measures the learning rates it uses.
+"""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from llamapro import assets
+from llamapro.data import prepare
+from llamapro.expansion import expand_checkpoint
+from llamapro.hardware import pick_device
+from llamapro.model import Llama
+from llamapro.report import command, report
+from llamapro.train import freeze
+
+NEW_BLOCKS = 6
+SEQ_LEN = 512
+BATCH_SIZE = 2
+EVAL_TOKENS = 8192
+SEPARATOR = "<|endoftext|>"
+LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
+SWEEP = Path(__file__).with_name("demo_sweep.json")
+SWEPT = {"new_blocks": (5e-4, 1e-3, 2e-3), "all": (2e-5, 5e-5, 1e-4)}
+EVALUATED_TOKENS_AT_A_TIME = 2 * EVAL_TOKENS  # both sets
+
+
+@dataclass
+class DemoConfig:
+    """The demonstration: a few minutes on two CPU cores, CUDA when there is one."""
+
+    steps: int = 60
+    """Optimizer steps of each of the two runs."""
+    out: Path = Path("runs/demo")
+    sweep: bool = False
+    """Measure the learning rates instead, and record them for later demos."""
+
+
+def demo(config: DemoConfig) -> None:
+    """Fetch, expand, train twice, report. A run that was interrupted goes on where it was."""
+    if (config.out / "report").exists():
+        print(f"{config.out}/report is there already; delete {config.out} to run again")
+        return
+    print(
+        f"1. fetch SmolLM2-135M and English text (98 MB, once), take Python's standard library\n"
+        f"2. expand the model by {NEW_BLOCKS} identity blocks and prove that nothing changed\n"
+        f"3. teach it Python for {config.steps} steps, all but the new blocks frozen\n"
+        f"4. for comparison, fine-tune all of the base on the same tokens\n"
+        f"5. measure all three on Python and on English, write {config.out}/report/report.md",
+        flush=True,
+    )
+    base, expanded = _inputs(config.out)
+    plan = _plan(config, {"new_blocks": expanded, "all": base})
+    print(
+        f"{plan['device']}, {plan['dtype']}: training and measuring will take"
+        f" about {plan['minutes']:.0f} minutes",
+        flush=True,
+    )
+    runs = []
+    for trainable, model in (("new_blocks", expanded), ("all", base)):
+        runs.append(config.out / trainable)
+        rate = best_rate(trainable)
+        _train(_settings(config, plan["dtype"], trainable, model, rate, runs[-1]))
+    page = report(base, runs, config.out / "report", notes=_sweep_note())
+    print(f"\n{page.read_text()}\n{page} and report.png beside it")
+
+
+def sweep(config: DemoConfig) -> None:
+    """Train at every learning rate of SWEPT and record the held-out perplexities."""
+    base, expanded = _inputs(config.out)
+    models = {"new_blocks": expanded, "all": base}
+    dtype = _plan(config, models)["dtype"]
+    results = []
+    for trainable, rates in SWEPT.items():
+        for rate in rates:
+            run = config.out / f"{trainable}-{rate:g}"
+            settings = _settings(config, dtype, trainable, models[trainable], rate, run)
+            _train(settings)
+            summary = json.loads((run / "summary.json").read_text())
+            after = summary["perplexity_after"]
+            results.append({"trainable": trainable, "learning_rate": rate, "perplexity": after})
+    setting = {"steps": config.steps, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "dtype": dtype}
+    SWEEP.write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n")
+    print(f"{SWEEP}\n{_sweep_note()}")
+
+
+def best_rate(trainable: str) -> float:
+    """The learning rate with the lowest domain perplexity of the recorded sweep."""
+    results = json.loads(SWEEP.read_text())["results"]
+    mine = [r for r in results if r["trainable"] == trainable]
+    return min(mine, key=lambda r: r["perplexity"]["domain"])["learning_rate"]
+
+
+def _inputs(out: Path) -> tuple[Path, Path]:
+    """The base, the expanded model, and the data directories below `out`; made where missing."""
+    base = assets.smollm2()
+    if not (out / "code").exists():
+        prepare(_standard_library(), base, out / "code", heldout=0.05, separator=SEPARATOR)
+    if not (out / "general").exists():
+        english = assets.fetch(assets.BRITANNICA)
+        prepare([english], base, out / "general", heldout=1.0, separator=SEPARATOR)
+    expanded = out / "expanded"
+    if not expanded.exists():
+        positions = expand_checkpoint(base, expanded, NEW_BLOCKS)
+        print(f"expanded: new blocks at {positions}; logits are bit-equal to the base's")
+    return base, expanded
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = root.rglob("*.py")
+    return [f for f in files if not LEFT_OUT & set(f.relative_to(root).parts)]
+
+
+def _plan(config: DemoConfig, models: dict[str, Path]) -> dict:
+    """Device, dtype and time, from one measured step of each run in each dtype; kept in `out`."""
+    file = config.out / "plan.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    device = pick_device()
+    dtypes = ["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
+    print("timing a step ...", flush=True)
+    costs = {dtype: [_timed(m, t, dtype, device) for t, m in models.items()] for dtype in dtypes}
+    dtype = min(costs, key=lambda d: sum(step for step, _ in costs[d]))
+    # Each run measures before, at the half and after; the report measures three models, on twice
+    # as many tokens.
+    tokens = BATCH_SIZE * SEQ_LEN
+    evaluations = 2 * 3 * EVALUATED_TOKENS_AT_A_TIME + 3 * 2 * EVALUATED_TOKENS_AT_A_TIME
+    forward = sum(forward for _, forward in costs[dtype]) / 2
+    seconds = config.steps * sum(step for step, _ in costs[dtype]) + evaluations / tokens * forward
+    plan = {"device": str(device), "dtype": dtype, "minutes": seconds / 60 + 1}
+    file.write_text(json.dumps(plan) + "\n")
+    return plan
+
+
+def _timed(model_path: Path, trainable: str, dtype: str, device) -> tuple[float, float]:
+    """Seconds of a training step, and of its forward alone."""
+    model = Llama.from_pretrained(model_path, dtype=getattr(torch, dtype), device=device)
+    freeze(model, trainable)
+    generator = torch.Generator().manual_seed(0)
+    size = (BATCH_SIZE, SEQ_LEN)
+    tokens = torch.randint(model.config.vocab_size, size, generator=generator).to(device)
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        loss = model.loss(tokens, tokens)
+        loss.item()
+        forward = time.perf_counter() - start
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - start, forward
+
+
+def _settings(
+    config: DemoConfig, dtype: str, trainable: str, model: Path, rate: float, out: Path
+) -> dict:
+    return {
+        "model": str(model),
+        "data": str(config.out / "code"),
+        "out": str(out),
+        "trainable": trainable,
+        "steps": config.steps,
+        "batch_size": BATCH_SIZE,
+        "seq_len": SEQ_LEN,
+        "learning_rate": rate,
+        "dtype": dtype,
+        "evaluate": {"general": str(config.out / "general")},
+        "eval_every": max(1, config.steps // 2),
+        "eval_tokens": EVAL_TOKENS,
+    }
+
+
+def _train(settings: dict) -> None:
+    """As a process of its own, so that peak memory is the run's; goes on when there is a run."""
+    out = Path(settings["out"])
+    if (out / "summary.json").exists():
+        return
+    words = command(settings)
+    print(f"\n$ {' '.join(words)}", flush=True)
+    resume = ["--resume"] if out.exists() else []
+    finished = subprocess.run([sys.executable, "-m", "llamapro.cli", *words[1:], *resume])
+    if finished.returncode:
+        sys.exit("the demonstration stopped; the same command goes on from here")
+
+
+def _sweep_note() -> str:
+    recorded = json.loads(SWEEP.read_text())
+    setting = recorded["setting"]
+    lines = [
+        "## Learning rates",
+        f"Each run uses the best of a recorded sweep (`make sweep`: {setting['steps']} steps of"
+        f" {setting['batch_size']} x {setting['seq_len']} tokens, {setting['dtype']}):",
+        "",
+        "| trained | learning rate | domain perplexity | general perplexity |",
+        "| --- | --- | --- | --- |",
+    ]
+    for r in recorded["results"]:
+        domain, general = r["perplexity"]["domain"], r["perplexity"]["general"]
+        lines.append(
+            f"| {r['trainable']} | {r['learning_rate']:g} | {domain:.2f} | {general:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(DemoConfig)
+    (sweep if chosen.sweep else demo)(chosen)

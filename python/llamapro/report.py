@@ -1,0 +1,193 @@
+"""What a run gained and what it kept, as one Markdown page and one picture."""
+
+import json
+import shlex
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import torch
+
+from llamapro.checkpoint import Checkpoint, new_directory
+from llamapro.data import Rows, load_tokenizer, load_tokens
+from llamapro.evaluate import perplexity
+from llamapro.hardware import pick_device, pick_dtype
+from llamapro.model import Llama
+from llamapro.train import TrainConfig
+
+NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"}
+PROMPT = "def read_lines(path):\n"
+
+
+def report(base, runs, out, *, prompt: str = PROMPT, notes: str = "") -> Path:
+    """Measure the base and every run's final model, and write report.md and report.png to `out`.
+
+    base: model directory. runs: finished run directories; the held-out sets, sequence length and
+    dtype are those of the first. Every figure is measured here or read from the run's own files.
+    Raises FileExistsError when `out` exists, FileNotFoundError for an unfinished run.
+    """
+    runs = [_read_run(Path(run)) for run in runs]
+    config, dtype = runs[0]["config"], runs[0]["dtype"]
+    rows = [{"name": "base", "path": Path(base), **_measure(base, config, dtype, prompt)}]
+    for run in runs:
+        final = run["path"] / "final"
+        measured = _measure(final, config, dtype, prompt)
+        rows.append({"name": NAMES[run["config"]["trainable"]], "path": final, **run, **measured})
+    with new_directory(out) as directory:
+        _draw(rows, directory / "report.png")
+        (directory / "report.md").write_text(_page(rows, config, prompt, notes))
+    return Path(out) / "report.md"
+
+
+def frozen_verdict(run: Path) -> str:
+    """Compare, byte by byte, the frozen tensors of a run's model before and after."""
+    config = json.loads((run / "config.json").read_text())
+    if config["trainable"] == "all":
+        return "nothing frozen"
+    before, after = Checkpoint(config["model"]), Checkpoint(run / "final")
+    new = tuple(f"model.layers.{i}." for i in before.config.new_blocks)
+    frozen = [name for name in before.tensors if not name.startswith(new)]
+    same = sum(_same_bytes(before.tensors[n].load(), after.tensors[n].load()) for n in frozen)
+    verdict = "bit-identical" if same == len(frozen) else "CHANGED"
+    return f"{same} of {len(frozen)} {verdict}"
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _read_run(path: Path) -> dict:
+    if not (path / "summary.json").exists():
+        raise FileNotFoundError(f"{path}: a finished run expected, got no summary.json")
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return {
+        **json.loads((path / "summary.json").read_text()),
+        "path": path,
+        "metrics": [json.loads(line) for line in lines],
+        "frozen": frozen_verdict(path),
+    }
+
+
+def _measure(model_path, config: dict, dtype: str, prompt: str) -> dict:
+    """Perplexity on every held-out set and a greedy continuation of the prompt."""
+    device = pick_device(config["device"])
+    model = Llama.from_pretrained(model_path, dtype=pick_dtype(dtype, device), device=device)
+    sets = {"domain": config["data"], **config["evaluate"]}
+    values = {}
+    for name, data in sets.items():
+        rows = Rows(load_tokens(data, "heldout", model.config.vocab_size), config["seq_len"])
+        values[name] = perplexity(model, rows, 2 * config["eval_tokens"])
+    return {"perplexity": values, "continuation": complete(model, model_path, prompt)}
+
+
+def complete(model: Llama, model_path, prompt: str, max_new_tokens: int = 48, **sampling) -> str:
+    """Prompt and continuation as text."""
+    tokenizer = load_tokenizer(model_path)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    tokens = torch.tensor([ids], device=model.norm.device)
+    return tokenizer.decode(model.generate(tokens, max_new_tokens, **sampling)[0].tolist())
+
+
+def _page(rows: list[dict], config: dict, prompt: str, notes: str) -> str:
+    base, runs = rows[0], rows[1:]
+    sets = list(base["perplexity"])
+    head = ["model", *(f"{name} perplexity" for name in sets), "trained", "learning rate"]
+    head += ["tokens/s", "peak memory", "frozen tensors"]
+    lines = [
+        "# What was learnt and what was kept",
+        "",
+        *_table(head, [_cells(r, base) for r in rows]),
+    ]
+    counts = ", ".join(f"{base['perplexity'][name]['tokens']} tokens of {name}" for name in sets)
+    tokens = config["steps"] * config["batch_size"] * config["accumulation"] * config["seq_len"]
+    lines += [
+        "",
+        f"Perplexity on {counts}, held out by file, in rows of {config['seq_len']}; the change is"
+        f" against the base. Each run saw the same {tokens} tokens in the same order, in"
+        f" {runs[0]['dtype']} on {runs[0]['device']}. Peak memory is of the whole process.",
+        "",
+        "![training loss and perplexity](report.png)",
+        *([] if not notes else ["", notes]),
+        "",
+        "## Commands",
+        "```",
+        *(shlex.join(command(run["config"])) for run in runs),
+        f"llamapro report {base['path']} {' '.join(str(r['path'].parent) for r in runs)} --out OUT",
+        "```",
+        "",
+        f"## Greedy continuation of `{prompt.strip()}`",
+    ]
+    for row in rows:
+        lines += ["", f"{row['name']}:", "```python", row["continuation"], "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict, base: dict) -> list[str]:
+    cells = [row["name"]]
+    for name, value in row["perplexity"].items():
+        change = value["perplexity"] / base["perplexity"][name]["perplexity"] - 1
+        cells.append(f"{value['perplexity']:.2f}" + ("" if row is base else f" ({change:+.1%})"))
+    if row is base:
+        return [*cells, "-", "-", "-", "-", "-"]
+    trained, total = row["trainable_parameters"] / 1e6, row["parameters"] / 1e6
+    return [
+        *cells,
+        f"{trained:.1f} M of {total:.1f} M ({trained / total:.0%})",
+        f"{row['config']['learning_rate']:g}",
+        f"{row['tokens_per_second']:.0f}",
+        f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        row["frozen"],
+    ]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def command(config: dict) -> list[str]:
+    """The command line of a run, as words: what differs from the defaults."""
+    words = ["llamapro", "train"]
+    for setting in fields(TrainConfig):
+        default = None if setting.default is MISSING else setting.default
+        value = config.get(setting.name, default)
+        if isinstance(value, dict) and value:
+            words += [f"--{setting.name}", *(w for item in value.items() for w in item)]
+        elif isinstance(value, list):
+            words += [f"--{setting.name}", *map(str, value)] if tuple(value) != default else []
+        elif value != default:
+            words += [f"--{setting.name.replace('_', '-')}", str(value)]
+    return words
+
+
+def _draw(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for row in rows[1:]:
+        steps = [m for m in row["metrics"] if "loss" in m]
+        losses = [m["loss"] for m in steps]
+        (line,) = left.plot([m["step"] for m in steps], losses, alpha=0.3, linewidth=1)
+        smooth = [
+            sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1])
+            for i in range(len(losses))
+        ]
+        left.plot([m["step"] for m in steps], smooth, color=line.get_color(), label=row["name"])
+    left.set(xlabel="step", ylabel="loss, nats per token", title="training loss (mean of 10 steps)")
+    left.legend(frameon=False)
+    sets = list(rows[0]["perplexity"])
+    width = 0.8 / len(rows)
+    for i, row in enumerate(rows):
+        values = [row["perplexity"][name]["perplexity"] for name in sets]
+        places = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(sets))]
+        color = "0.6" if i == 0 else f"C{i - 1}"
+        bars = right.bar(places, values, width * 0.94, color=color, label=row["name"])
+        right.bar_label(bars, fmt="%.2f", fontsize=8)
+    right.set_xticks(range(len(sets)), sets)
+    right.set(ylabel="perplexity", title="held-out perplexity, lower is better")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,195 @@
+"""Every public op as the op kit sees it: random inputs, our call, and plain PyTorch beside it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+import llamapro_kernels as lk
+
+SIZES = ("typical", "odd", "one", "empty")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`ours` and `plain` take the tensors of `make`, by name, and return one or more outputs."""
+
+    op: str
+    make: Callable[[str], dict[str, torch.Tensor]]  # size -> fp64 tensors that want gradients
+    ours: Callable
+    plain: Callable
+    constants: Callable[[str], dict[str, torch.Tensor]] = field(default=lambda size: {})
+    never_expanded: tuple[str, ...] = ()
+
+
+def rand(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def rows(size):
+    return {"typical": (3, 64), "odd": (5, 7, 33), "one": (1, 1), "empty": (0, 8)}[size]
+
+
+def norm_inputs(*names):
+    def make(size):
+        shape = rows(size)
+        return {**{name: rand(*shape) for name in names}, "weight": 1 + 0.3 * rand(shape[-1])}
+
+    return make
+
+
+def plain_norm(x, weight):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    xf = x.to(dtype)
+    return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight
+
+
+def plain_add_norm(x, residual, weight):
+    return plain_norm(x + residual, weight), x + residual
+
+
+def plain_swiglu(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def heads(size):
+    """(B, T, H, Hkv, D)"""
+    sizes = {"typical": (2, 19, 4, 2, 32), "odd": (1, 7, 3, 1, 24), "one": (1, 1, 1, 1, 8)}
+    return sizes.get(size, (2, 0, 2, 1, 8))
+
+
+def rope_inputs(size):
+    b, t, h, hkv, d = heads(size)
+    return {"q": rand(b, t, h, d), "k": rand(b, t, hkv, d)}
+
+
+def rope_constants(size):
+    _, t, _, _, d = heads(size)
+    angles = rand(t, d // 2)
+    angles = torch.cat((angles, angles), -1)
+    return {"cos": angles.cos(), "sin": angles.sin()}
+
+
+def plain_rope(q, k, cos, sin):
+    def rotate(x):
+        x1, x2 = x.chunk(2, -1)
+        c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+        return x * c + torch.cat((-x2, x1), -1) * s
+
+    return rotate(q), rotate(k)
+
+
+def attention_inputs(keys=None, batch=None):
+    def make(size):
+        b, t, h, hkv, d = heads(size)
+        b, s = batch or b, t if keys is None else max(0, t + keys)
+        return {"q": rand(b, t, h, d), "k": rand(b, s, hkv, d), "v": rand(b, s, hkv, d)}
+
+    return make
+
+
+def documents(size):
+    t = heads(size)[1]
+    cuts = {"typical": [0, 5, 5, 12, t], "odd": [0, 1, t]}.get(size, [0, t])
+    return {"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)}
+
+
+def plain_attention(q, k, v, *, causal=True, window=None, cu_seqlens=None, scale=None):
+    """Explicit scores, a key at a time visible or not by the rules as the public docstring has."""
+    t, s = q.shape[1], k.shape[1]
+    query, key = torch.arange(t)[:, None] + s - t, torch.arange(s)
+    seen = torch.ones(t, s, dtype=torch.bool)
+    if causal:
+        seen &= key <= query
+    if window:
+        seen &= query - key < window
+    if cu_seqlens is not None:
+        ends = cu_seqlens[1:, None]
+        document = (torch.arange(s) >= ends).sum(0)
+        seen &= document[:, None] == document
+    seen = seen.to(q.device)
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * (scale or 1 / math.sqrt(q.shape[-1]))
+    p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    p = p.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    return torch.einsum("bhts,bshd->bthd", p, v)
+
+
+def attention(make, constants=lambda size: {}, **options):
+    return Case(
+        "flash_attention",
+        make,
+        lambda q, k, v, **more: lk.flash_attention(q, k, v, **options, **more),
+        lambda q, k, v, **more: plain_attention(q, k, v, **options, **more),
+        constants,
+    )
+
+
+def tokens(size):
+    """(N, D, V)"""
+    sizes = {"typical": (21, 32, 97), "odd": (5, 3, 11), "one": (1, 1, 1), "empty": (0, 4, 7)}
+    return sizes[size]
+
+
+def head_inputs(size):
+    n, d, v = tokens(size)
+    return {"x": rand(n, d), "weight": rand(v, d)}
+
+
+def targets(ignored):
+    def make(size):
+        n, _, v = tokens(size)
+        ids = torch.randint(v, (n,))
+        skip = torch.ones(n, dtype=torch.bool) if ignored == "all" else torch.arange(n) % 3 == 1
+        return {"targets": ids.masked_fill(skip, -100) if ignored else ids}
+
+    return make
+
+
+def cross_entropy(reduction, ignored):
+    def plain(x, weight, targets):
+        logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
+        if reduction != "mean":
+            return F.cross_entropy(logits, targets, reduction=reduction)
+        valid = (targets != -100).sum().clamp(min=1)  # plain "mean" of nothing is NaN
+        return F.cross_entropy(logits, targets, reduction="sum") / valid
+
+    return Case(
+        "linear_cross_entropy",
+        head_inputs,
+        lambda x, weight, targets: lk.linear_cross_entropy(x, weight, targets, reduction=reduction),
+        plain,
+        targets(ignored),
+        # A head whose rows are all alike has gradients that cancel to nothing but rounding.
+        never_expanded=("weight",),
+    )
+
+
+CASES = {
+    "rms_norm": Case("rms_norm", norm_inputs("x"), lk.rms_norm, plain_norm),
+    "add_rms_norm": Case(
+        "add_rms_norm", norm_inputs("x", "residual"), lk.add_rms_norm, plain_add_norm
+    ),
+    "rope": Case("rope", rope_inputs, lk.rope, plain_rope, rope_constants),
+    "swiglu": Case(
+        "swiglu",
+        lambda size: {"gate_up": 3 * rand(*rows(size)[:-1], 2 * rows(size)[-1])},
+        lk.swiglu,
+        plain_swiglu,
+    ),
+    "attention": attention(attention_inputs()),
+    "attention_full": attention(attention_inputs(keys=3), causal=False, scale=0.3),
+    "attention_more_keys": attention(attention_inputs(keys=6)),
+    "attention_fewer_keys": attention(attention_inputs(keys=-2)),
+    "attention_window": attention(attention_inputs(), window=4),
+    "attention_packed": attention(attention_inputs(batch=1), documents),
+    "attention_packed_full": attention(attention_inputs(batch=1), documents, causal=False),
+    "cross_entropy_mean": cross_entropy("mean", "some"),
+    "cross_entropy_sum": cross_entropy("sum", "some"),
+    "cross_entropy_none": cross_entropy("none", "some"),
+    "cross_entropy_all_valid": cross_entropy("mean", None),
+    "cross_entropy_all_ignored": cross_entropy("mean", "all"),
+}

@@ -1,0 +1,342 @@
+"""The op kit: every op on every backend that serves it here passes the same tests.
+
+Truth is plain PyTorch in fp64. The three-way rule: our largest error is at most twice that of
+plain PyTorch in the same dtype, plus one rounding of the largest true value to that dtype (the
+result has to be stored), plus the rounding of the accumulator over the longest sum of products
+of two inputs (terms may cancel, so that the true value is small and the terms are not).
+"""
+
+import itertools
+
+import pytest
+import torch
+from op_cases import CASES, SIZES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llamapro_kernels as lk
+from llamapro_kernels import library
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LONGEST_SUM = 128  # of all cases: the vocabulary, rounded up
+
+
+def served():
+    """(case name, backend) for every backend that can run here."""
+    for name, case in CASES.items():
+        for backend in library._ops[case.op].implementations:
+            if library._runs_on(backend, DEVICE, torch.float32):
+                yield name, backend
+
+
+def dtypes(backend):
+    interpreted = backend == "triton" and DEVICE == "cpu"
+    exact = [torch.float64] if backend == "reference" else []
+    return [*exact, torch.float32, torch.float16, *([] if interpreted else [torch.bfloat16])]
+
+
+PAIRS = list(served())
+TYPED = [(name, backend, dtype) for name, backend in PAIRS for dtype in dtypes(backend)]
+every_pair = pytest.mark.parametrize("name, backend", PAIRS)
+every_dtype = pytest.mark.parametrize("name, backend, dtype", TYPED, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty():
+    """torch.empty gives NaN, so an output that is not written fails."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def strided(x):
+    """The same values, every second element of a larger tensor, last dimension included."""
+    wide = torch.stack((x, torch.full_like(x, float("nan"))), -1)
+    return wide[..., 0]
+
+
+def expanded(x):
+    """The first slice of the first dimension, shared by all of it."""
+    return x[:1].expand_as(x) if x.numel() > 1 else x
+
+
+LAYOUTS = {"contiguous": lambda x: x, "strided": strided, "expanded": expanded}
+
+
+def arrange(name, tensors, layout):
+    """The tensors in the layout that is under test."""
+    plain = CASES[name].never_expanded if layout == "expanded" else ()
+    return {k: v if k in plain else LAYOUTS[layout](v) for k, v in tensors.items()}
+
+
+def draw(name, size, layout="contiguous"):
+    """fp64 inputs, constants and incoming gradients, in the values that the layout shares."""
+    case = CASES[name]
+    inputs = arrange(name, case.make(size), layout)
+    constants = case.constants(size)
+    outputs = as_tuple(case.plain(**inputs, **constants))
+    return inputs, constants, [LAYOUTS[layout](o) for o in (torch.randn_like(o) for o in outputs)]
+
+
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def convert(tensors, dtype):
+    """Contiguous, on the device and in the dtype."""
+    return {k: v.contiguous().to(DEVICE, dtype) for k, v in tensors.items()}
+
+
+def run(function, inputs, constants, grads, wanted=None):
+    """Outputs and the gradients of the wanted inputs (all by default), None for the others."""
+    wanted = inputs.keys() if wanted is None else wanted
+    leaves = {k: v.detach().requires_grad_(k in wanted) for k, v in inputs.items()}
+    outputs = as_tuple(function(**leaves, **constants))
+    if wanted:
+        torch.autograd.backward(
+            outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+        )
+    return [o.detach() for o in outputs], {k: v.grad for k, v in leaves.items()}
+
+
+def move(constants):
+    return {k: v.to(DEVICE) for k, v in constants.items()}
+
+
+def assert_three_way(ours, plain, truth, dtype, term, what):
+    """`term`: the size of the largest term that sums to the truth."""
+    assert ours.shape == truth.shape and ours.isfinite().all(), what
+    if not truth.numel():
+        return
+    error, peer = ((x.double().cpu() - truth).abs().max().item() for x in (ours, plain))
+    stored = torch.finfo(dtype).eps / 2 * truth.abs().max().item()
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    summed = LONGEST_SUM * torch.finfo(accumulator).eps / 2 * term
+    bound = 2 * peer + stored + summed
+    assert error <= bound, f"{what}: error {error:.3e}, bound {bound:.3e}, plain {peer:.3e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES)
+@every_dtype
+def test_values(name, backend, dtype, size, layout):
+    """Outputs and gradients obey the three-way rule; nothing that was passed in is changed."""
+    case = CASES[name]
+    inputs, constants, grads = draw(name, size, layout)
+    rounded = {k: v.to(dtype).double() for k, v in inputs.items()}
+    given = arrange(name, convert(inputs, dtype), layout)
+    upstream = [LAYOUTS[layout](g.contiguous().to(DEVICE)) for g in grads]
+    before = [t.clone() for t in (*given.values(), *upstream)]
+    with lk.use_backend(backend):
+        outputs, gradients = run(case.ours, given, move(constants), upstream)
+    for kept, now in zip(before, (*given.values(), *upstream), strict=True):
+        assert torch.equal(kept, now), "an input or incoming gradient was changed"
+    rounded_grads = [g.to(o.dtype).double() for g, o in zip(grads, outputs, strict=True)]
+    truth, true_gradients = run(case.plain, rounded, constants, rounded_grads)
+    peer, peer_gradients = run(
+        case.plain, {k: v.to(dtype) for k, v in rounded.items()}, constants, rounded_grads
+    )
+    values = [*rounded.values(), *rounded_grads]
+    term = max((v.abs().max().item() for v in values if v.numel()), default=0.0) ** 2
+    for i, output in enumerate(outputs):
+        assert_three_way(output, peer[i], truth[i], dtype, term, f"output {i}")
+    for key, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        assert_three_way(gradient, peer_gradients[key], true_gradients[key], dtype, term, f"d{key}")
+
+
+class Calls(TorchDispatchMode):
+    """Records every llamapro op that runs, with its arguments and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "llamapro":
+            self.seen.append((function, args, as_tuple(result)))
+        return result
+
+
+@every_pair
+def test_wanted_gradients_only(name, backend):
+    """For every subset: the same bits as with all, None and no memory for the others."""
+    case = CASES[name]
+    inputs, constants, grads = draw(name, "typical")
+    inputs, constants = convert(inputs, torch.float32), move(constants)
+    grads = [g.to(DEVICE) for g in grads]
+    with lk.use_backend(backend):
+        _, complete = run(case.ours, inputs, constants, grads)
+        for count in range(len(inputs) + 1):
+            for wanted in itertools.combinations(inputs, count):
+                saved = []
+                with (
+                    Calls() as calls,
+                    torch.autograd.graph.saved_tensors_hooks(
+                        lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t
+                    ),
+                ):
+                    _, gradients = run(case.ours, inputs, constants, grads, wanted)
+                assert bool(saved) == bool(wanted), "saves exactly when a gradient is wanted"
+                for key in inputs:
+                    if key in wanted:
+                        assert torch.equal(gradients[key], complete[key]), (wanted, key)
+                    else:
+                        assert gradients[key] is None, (wanted, key)
+                # add_rms_norm has one gradient for x and residual.
+                distinct = {("x" if k == "residual" else k) for k in wanted}
+                assert gradient_outputs(calls) == len(distinct), wanted
+
+
+def gradient_outputs(calls):
+    """How many gradients with memory the ops returned, the forward of the loss included."""
+    count = 0
+    for function, _, outputs in calls.seen:
+        name = function.name()
+        if "_backward" in name:
+            count += sum(o.numel() > 0 for o in outputs)
+        elif "linear_cross_entropy" in name:
+            count += sum(o.numel() > 0 for o in outputs[2:])
+    return count
+
+
+@every_pair
+def test_part_of_the_outputs(name, backend):
+    """An output that nothing uses has no gradient, and the others are still right."""
+    case = CASES[name]
+    inputs, constants, _ = draw(name, "typical")
+    inputs, constants = convert(inputs, torch.float32), move(constants)
+    with lk.use_backend(backend):
+        count = len(as_tuple(case.ours(**inputs, **constants)))
+        for used in range(count):
+            grads = []
+            for function in (case.ours, case.plain):
+                leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+                as_tuple(function(**leaves, **constants))[used].sum().backward()
+                grads.append([v.grad for v in leaves.values()])
+            for ours, plain in zip(*grads, strict=True):
+                if ours is None or plain is None:
+                    missing = ours if plain is None else plain
+                    assert missing is None or not missing.any()
+                else:
+                    torch.testing.assert_close(ours, plain)
+
+
+@every_pair
+def test_backward_twice(name, backend):
+    """retain_graph: the second backward gives the same bits and changes nothing."""
+    case = CASES[name]
+    inputs, constants, grads = draw(name, "typical")
+    leaves = {k: v.requires_grad_() for k, v in convert(inputs, torch.float32).items()}
+    with lk.use_backend(backend):
+        outputs = as_tuple(case.ours(**leaves, **move(constants)))
+        grads = [g.to(DEVICE, o.dtype) for g, o in zip(grads, outputs, strict=True)]
+        first, second = (
+            torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True)
+            for _ in range(2)
+        )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_pair
+def test_second_derivative_is_refused(name, backend):
+    case = CASES[name]
+    inputs, constants, _ = draw(name, "typical")
+    leaves = {k: v.requires_grad_() for k, v in convert(inputs, torch.float32).items()}
+    with lk.use_backend(backend), pytest.raises(RuntimeError, match="no second derivative"):
+        outputs = as_tuple(case.ours(**leaves, **move(constants)))
+        loss = sum(o.sum() for o in outputs)
+        torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+
+
+@every_pair
+def test_opcheck(name, backend):
+    """The schemas, fakes and autograd registrations of the forward and backward ops."""
+    case = CASES[name]
+    inputs, constants, grads = draw(name, "typical")
+    inputs, constants = convert(inputs, torch.float32), move(constants)
+    torch.use_deterministic_algorithms(False)  # opcheck compares unwritten memory of empties
+    with lk.use_backend(backend):
+        with Calls() as calls:
+            run(case.ours, inputs, constants, [g.to(DEVICE) for g in grads])
+        for function, args, _ in calls.seen:
+            forward = "_backward" not in function.name()
+            fresh = [
+                a.detach().clone().requires_grad_(forward and a.is_floating_point())
+                if isinstance(a, torch.Tensor)
+                else a
+                for a in args
+            ]
+            tests = ["test_schema", "test_faketensor"]
+            if forward:
+                tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+            torch.library.opcheck(function, tuple(fresh), test_utils=tests)
+
+
+@every_pair
+def test_fullgraph_compile(name, backend):
+    """One graph, no break, the same bits as eager."""
+    case = CASES[name]
+    inputs, constants, grads = draw(name, "typical")
+    inputs, constants = convert(inputs, torch.float32), move(constants)
+    grads = [g.to(DEVICE) for g in grads]
+    compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
+    with lk.use_backend(backend):
+        expected, expected_gradients = run(case.ours, inputs, constants, grads)
+        outputs, gradients = run(compiled, inputs, constants, grads)
+    for a, b in zip(outputs, expected, strict=True):
+        assert torch.equal(a, b)
+    for key, gradient in gradients.items():
+        assert torch.equal(gradient, expected_gradients[key])
+
+
+x23, w3 = torch.ones(2, 3), torch.ones(3)
+q4 = torch.ones(1, 4, 2, 8)
+table = torch.ones(4, 8)
+head, ids = torch.ones(5, 3), torch.zeros(2, dtype=torch.long)
+REFUSED = {
+    "integer x": (TypeError, "int64", lambda: lk.rms_norm(torch.ones(2, 3).long(), w3)),
+    "weight size": (ValueError, r"\(4,\)", lambda: lk.rms_norm(x23, torch.ones(4))),
+    "residual shape": (ValueError, r"\(2, 4\)", lambda: lk.add_rms_norm(x23, torch.ones(2, 4), w3)),
+    "odd gate_up": (ValueError, r"\(2, 3\)", lambda: lk.swiglu(x23)),
+    "short table": (ValueError, r"\(3, 8\)", lambda: lk.rope(q4, q4, table[:3], table[:3])),
+    "table gradient": (
+        ValueError,
+        "constants",
+        lambda: lk.rope(q4, q4, table.clone().requires_grad_(), table),
+    ),
+    "heads": (ValueError, "divide", lambda: lk.flash_attention(q4, *[torch.ones(1, 4, 3, 8)] * 2)),
+    "mixed dtypes": (TypeError, "float64", lambda: lk.flash_attention(q4, q4, q4.double())),
+    "window without causal": (
+        ValueError,
+        "window",
+        lambda: lk.flash_attention(q4, q4, q4, causal=False, window=2),
+    ),
+    "int64 cu_seqlens": (
+        ValueError,
+        "int64",
+        lambda: lk.flash_attention(q4, q4, q4, cu_seqlens=torch.tensor([0, 4])),
+    ),
+    "packed batch": (
+        ValueError,
+        "batch of one",
+        lambda: lk.flash_attention(*[q4.expand(2, -1, -1, -1)] * 3, cu_seqlens=ids.int()),
+    ),
+    "target id": (IndexError, "got 9", lambda: lk.linear_cross_entropy(x23, head, ids + 9)),
+    "target shape": (ValueError, r"\(1,\)", lambda: lk.linear_cross_entropy(x23, head, ids[:1])),
+    "reduction": (
+        ValueError,
+        "'max'",
+        lambda: lk.linear_cross_entropy(x23, head, ids, reduction="max"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_refused(what):
+    error, message, call = REFUSED[what]
+    with pytest.raises(error, match=message):
+        call()

@@ -75,7 +75,10 @@ def smollm2() -> Path:
     gguf = fetch(SMOLLM2_GGUF)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    print(f"converting {gguf.name} to a Hugging Face directory", flush=True)
     # Without dequantize the weights would stay packed.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

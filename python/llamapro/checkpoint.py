@@ -136,6 +136,7 @@ class Checkpoint:
     def _load(self, file: Path, name: str) -> torch.Tensor:
         """One file is open at a time, so that no more than one shard is mapped."""
         if self._open_file is None or self._open_file[0] != file:
+            self.close()
             self._open_file = (file, safe_open(file, "pt"))
         return self._open_file[1].get_tensor(name)
 
@@ -277,6 +278,14 @@ def new_directory(out, *, needs: int = 0) -> Iterator[Path]:
         _sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Replace a JSON file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    _sync(partial)
+    os.replace(partial, path)
 
 
 def stock_tensors(model: Llama) -> dict[str, torch.Tensor]:

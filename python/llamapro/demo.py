@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from llamapro import assets
+from llamapro.checkpoint import write_json
 from llamapro.data import prepare
 from llamapro.expansion import expand_checkpoint
 from llamapro.hardware import pick_device
@@ -88,7 +89,7 @@ def sweep(config: DemoConfig) -> None:
             after = summary["perplexity_after"]
             results.append({"trainable": trainable, "learning_rate": rate, "perplexity": after})
     setting = {"steps": config.steps, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "dtype": dtype}
-    SWEEP.write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n")
+    write_json(SWEEP, {"setting": setting, "results": results})
     print(f"{SWEEP}\n{_sweep_note()}")
 
 
@@ -137,7 +138,7 @@ def _plan(config: DemoConfig, models: dict[str, Path]) -> dict:
     forward = sum(forward for _, forward in costs[dtype]) / 2
     seconds = config.steps * sum(step for step, _ in costs[dtype]) + evaluations / tokens * forward
     plan = {"device": str(device), "dtype": dtype, "minutes": seconds / 60 + 1}
-    file.write_text(json.dumps(plan) + "\n")
+    write_json(file, plan)
     return plan
 
 

@@ -51,7 +51,7 @@ class Run:
             return
         with checkpoint.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
             state = {"step": step, "frozen": self.frozen, "random": _random_state()}
-            (directory / "state.json").write_text(json.dumps(state) + "\n")
+            checkpoint.write_json(directory / "state.json", state)
             checkpoint.write_safetensors(directory / "state.safetensors", entries)
         for old in checkpoints(self.path)[:-KEPT]:
             shutil.rmtree(old)
@@ -99,7 +99,7 @@ class Run:
             "perplexity_before": evaluations[0]["perplexity"] if evaluations else {},
             "perplexity_after": evaluations[-1]["perplexity"] if evaluations else {},
         }
-        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        checkpoint.write_json(self.path / "summary.json", summary)
         return summary
 
     def _forget_after(self, step: int, keep_evaluation: bool) -> None:
@@ -121,8 +121,8 @@ def open_run(config, frozen: str, *, resume: bool) -> Run:
     if not resume:
         if path.exists():
             raise FileExistsError(f"{path} exists: resume it, or name a new run directory")
-        path.mkdir(parents=True)
-        settings.write_text(json.dumps(asdict(config), indent=2) + "\n")
+        with checkpoint.new_directory(path) as directory:
+            checkpoint.write_json(directory / "config.json", asdict(config))
     elif not settings.exists():
         raise FileNotFoundError(f"{path}: a run to resume expected, got no config.json")
     then, now = json.loads(settings.read_text()), json.loads(json.dumps(asdict(config)))

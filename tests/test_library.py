@@ -1,0 +1,85 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import llamapro_kernels as lk
+from llamapro_kernels import library
+
+OPS = {"add_rms_norm", "flash_attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu"}
+
+
+def test_every_op_names_its_backend():
+    assert lk.backends().keys() == OPS
+    assert set(lk.backends().values()) <= set(library.BACKENDS)
+
+
+def test_use_backend_forces_and_restores():
+    before = lk.backends()
+    with lk.use_backend("reference"):
+        assert set(lk.backends().values()) == {"reference"}
+    assert lk.backends() == before
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'cuda'"), lk.use_backend("cuda"):
+        pass
+
+
+@pytest.fixture
+def extra_backend(monkeypatch):
+    """rms_norm with a second implementation, as an op file would register it."""
+    op = library._ops["rms_norm"]
+    monkeypatch.setattr(op, "implementations", dict(op.implementations))
+    calls = []
+
+    def forward(x, weight, eps):
+        calls.append("forward")
+        return op.implementations["reference"]["forward"](x, weight, eps)
+
+    op.register("cpp", forward=forward, backward=op.implementations["reference"]["backward"])
+    return calls
+
+
+def test_a_registered_backend_serves_without_a_change_elsewhere(extra_backend):
+    assert lk.backends("cpu")["rms_norm"] == "cpp"
+    lk.rms_norm(torch.ones(2, 3), torch.ones(3))
+    assert extra_backend == ["forward"]
+    with lk.use_backend("reference"):
+        lk.rms_norm(torch.ones(2, 3), torch.ones(3))
+    assert extra_backend == ["forward"]
+
+
+def test_fp64_goes_to_the_reference(extra_backend):
+    lk.rms_norm(torch.ones(2, 3).double(), torch.ones(3).double())
+    assert extra_backend == []
+
+
+def test_a_missing_backend_is_an_error_not_a_fallback(extra_backend):
+    with lk.use_backend("cpp"), pytest.raises(RuntimeError, match="swiglu has no 'cpp'"):
+        lk.swiglu(torch.ones(2, 4))
+
+
+def python(code):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+
+def test_import_needs_no_triton_and_adds_little():
+    """Median of three, in one process each, of what our import adds to torch's."""
+    code = """
+    import sys, time
+    sys.modules["triton"] = None
+    import torch
+    start = time.perf_counter()
+    import llamapro_kernels
+    print(time.perf_counter() - start)
+    import llamapro
+    assert "transformers" not in sys.modules and "tyro" not in sys.modules
+    """
+    seconds = sorted(float(python(code).stdout) for _ in range(3))
+    assert seconds[1] < 0.3

@@ -217,12 +217,11 @@ def write_model(
 
 def companions(directory: Path) -> list[Path]:
     """The tokenizer, chat template and generation files of a model directory."""
-    skipped = ("config.json", "model.safetensors.index.json")
     return [
         file
         for pattern in ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
         for file in sorted(directory.glob(pattern))
-        if file.name not in skipped
+        if file.name != "config.json" and not file.name.endswith(".index.json")
     ]
 
 

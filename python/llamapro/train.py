@@ -96,7 +96,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             if step % config.checkpoint_every == 0 or step == config.steps or stop:
                 run.save(step, optimizer)
             if stop:
-                raise Interrupted(f"stopped after step {step}; go on with resume: {run.path}")
+                raise Interrupted(
+                    f"stopped after step {step}; the same command with --resume goes on"
+                )
     if fingerprint(model) != frozen:
         raise RuntimeError("frozen tensors changed during training; nothing was written")
     return run.finish(model, peak_memory(device))

@@ -1,0 +1,106 @@
+import json
+
+import pytest
+from llamapro.report import frozen_verdict
+
+cli = pytest.importorskip("llamapro.cli")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line; gives its exit message and what it printed."""
+
+    def call(*arguments):
+        code = None
+        try:
+            cli.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def trained(run, tiny, tiny_path, token_data, tmp_path):
+    """An expanded and a full run of the same tiny base."""
+    data, expanded = token_data(), tmp_path / "expanded"
+    assert run("expand", tiny_path, expanded, "--new-blocks", 2)[0] is None
+    settings = ["--data", data, "--steps", 4, "--batch-size", 2, "--seq-len", 16]
+    settings += ["--eval-tokens", 64, "--dtype", "float32", "--device", "cpu"]
+    for name, model in (("new_blocks", expanded), ("all", tiny_path)):
+        out = ["--model", model, "--out", tmp_path / name, "--trainable", name]
+        assert run("train", *out, *settings, "--evaluate", "general", data)[0] is None
+    return tiny_path, [tmp_path / "new_blocks", tmp_path / "all"]
+
+
+@pytest.mark.parametrize("placement, positions", [("suffix", "[4, 5]"), ("0,3", "[0, 3]")])
+def test_expand(run, tiny_path, tmp_path, placement, positions):
+    code, out = run(
+        "expand", tiny_path, tmp_path / "o", "--new-blocks", 2, "--placement", placement
+    )
+    assert code is None and f"new blocks at {positions}" in out and "bit-equal" in out
+
+
+def test_errors_are_one_line(run, tiny_path, tmp_path):
+    code, out = run("expand", tiny_path, tmp_path / "out", "--placement", "4,-1")
+    assert code.startswith("llamapro: positions must be distinct") and "\n" not in code
+    assert not out and not (tmp_path / "out").exists()
+    code, _ = run("eval", tmp_path, tmp_path)
+    assert "no config.json" in code
+
+
+def test_eval_prints_json(run, tiny_path, token_data):
+    code, out = run("eval", tiny_path, token_data(), "--seq-len", 16, "--dtype", "float32")
+    result = json.loads(out)
+    assert code is None and result["tokens"] == 592
+    assert result["perplexity"] == pytest.approx(2.718281828459045 ** result["loss"])
+
+
+def test_report_measures_all_models(run, trained, monkeypatch, tmp_path):
+    from llamapro import report
+
+    monkeypatch.setattr(report, "complete", lambda *_: "text")  # no tokenizer here
+    base, runs = trained
+    code, out = run("report", base, *runs, "--out", tmp_path / "report")
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert code is None and str(tmp_path / "report") in out
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(table) == 5
+    assert "bit-identical" in table[3] and "nothing frozen" in table[4]
+    for run_directory, line in zip(runs, table[3:], strict=True):
+        summary = json.loads((run_directory / "summary.json").read_text())
+        assert f"{summary['trainable_parameters'] / 1e6:.1f} M" in line
+    assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count("llamapro train --model") == 2
+
+
+def test_a_changed_frozen_tensor_is_seen(trained):
+    from safetensors.torch import load_file, save_file
+
+    _, (run_directory, _) = trained
+    assert frozen_verdict(run_directory).endswith("bit-identical")
+    file = next(
+        f
+        for f in (run_directory / "final").glob("*.safetensors")
+        if "model.norm.weight" in load_file(f)
+    )
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] += 1e-6
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert frozen_verdict(run_directory).endswith("CHANGED")
+
+
+def test_the_whole_way_on_text(run, smollm2, tmp_path):
+    """prepare and generate with the real tokenizer."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.py").write_text("x = 1\n" * 50)
+    code, out = run("prepare", tmp_path / "text", "--tokenizer", smollm2, "--out", tmp_path / "d")
+    assert code is None and "tokens" in out
+    code, out = run("generate", smollm2, "The capital of France is", "--max-new-tokens", 4)
+    assert code is None and out.startswith("The capital of France is Paris")
+
+
+def test_help_names_every_command(run):
+    code, out = run("--help")
+    assert code == 0 and all(name in out for name in cli.COMMANDS)

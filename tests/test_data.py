@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from llamapro.data import DataError, Rows, load_tokens, prepare
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A model directory with a byte-level tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<eos>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["def f(x): return x"], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text('{"eos_token_id": 0}')
+    return directory
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus" / "deep"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        (folder / f"f{i}.py").write_text(f"value_{i} = {i}\n" * 10)
+    (folder / "notes.txt").write_text("not code")
+    (folder / "empty.py").write_text("\n")
+    return tmp_path / "corpus"
+
+
+def documents(directory, part, vocab=300):
+    tokens = load_tokens(directory, part, vocab)
+    return [tuple(d) for d in np.split(tokens, np.flatnonzero(tokens == 0) + 1)[:-1]]
+
+
+def test_every_file_is_in_one_part(corpus, tokenizer, tmp_path):
+    meta = prepare([corpus], tokenizer, tmp_path / "out", pattern="*.py", heldout=0.25)
+    train, heldout = (documents(tmp_path / "out", part) for part in ("train", "heldout"))
+    assert len(train) + len(heldout) == 20 and len(heldout) == 5
+    assert not set(train) & set(heldout)
+    assert meta["documents"] == {"heldout": 5, "train": 15}
+    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
+
+
+def test_text_survives(corpus, tokenizer, tmp_path):
+    from llamapro.data import load_tokenizer
+
+    prepare([corpus / "deep" / "f3.py"], tokenizer, tmp_path / "out", heldout=0.0)
+    (only,) = documents(tmp_path / "out", "train")
+    assert load_tokenizer(tokenizer).decode(list(only[:-1])) == "value_3 = 3\n" * 10
+
+
+def test_the_split_does_not_depend_on_where_the_corpus_lies(corpus, tokenizer, tmp_path):
+    moved = tmp_path / "elsewhere"
+    corpus.joinpath("deep").rename(tmp_path / "deep")
+    moved.mkdir()
+    (tmp_path / "deep").rename(moved / "deep")
+    corpus.joinpath("deep").symlink_to(moved / "deep")
+    for source, out in ((moved, "a"), (corpus / "deep", "b")):
+        prepare([source], tokenizer, tmp_path / out, pattern="f*.py")
+    assert len(documents(tmp_path / "a", "heldout")) == len(documents(tmp_path / "b", "heldout"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"pattern": "*.rs"}, r"no text .* matching '\*\.rs'"),
+        ({"heldout": 1.5}, "got 1.5"),
+        ({"separator": "<none>"}, "'<none>'"),
+    ],
+)
+def test_bad_settings_write_nothing(corpus, tokenizer, tmp_path, arguments, message):
+    with pytest.raises(DataError, match=message):
+        prepare([corpus], tokenizer, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_sources_and_tokenizers(corpus, tokenizer, tmp_path):
+    with pytest.raises(DataError, match="got no such file"):
+        prepare([tmp_path / "nowhere"], tokenizer, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        prepare([corpus], tmp_path, tmp_path / "out")
+
+
+def test_token_files_are_checked(token_data):
+    directory = token_data()
+    with pytest.raises(DataError, match="vocabulary's 60 expected, got 60"):
+        load_tokens(directory, "train", 60)
+    with pytest.raises(DataError, match="made by `llamapro prepare`"):
+        load_tokens(directory.parent, "train", 61)
+    file = directory / "train.bin"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(DataError, match="8000 bytes expected, got 7997"):
+        load_tokens(directory, "train", 61)
+
+
+def test_an_empty_part_is_refused(token_data):
+    with pytest.raises(DataError, match="empty file"):
+        load_tokens(token_data(train=0), "train", 61)
+
+
+def test_a_corpus_shorter_than_a_row():
+    with pytest.raises(DataError, match="seq_len \\+ 1 = 9 tokens expected, got 8"):
+        Rows(np.arange(8), 8)
+
+
+def test_rows_cover_the_file_once_an_epoch():
+    rows = Rows(np.arange(101, dtype=np.uint16), seq_len=10, seed=3)
+    assert len(rows) == 10
+    seen = torch.cat([rows.batch(start, 2)[0] for start in range(0, 10, 2)])
+    assert sorted(seen.flatten().tolist()) == list(range(100))
+    tokens, targets = rows.batch(10, 10)
+    assert torch.equal(targets, tokens + 1)
+    assert not torch.equal(tokens, seen)  # another order in the next epoch
+    assert torch.equal(torch.sort(tokens[:, 0]).values, torch.arange(0, 100, 10))
+
+
+def test_a_batch_depends_on_its_place_alone():
+    rows = Rows(np.arange(1000), seq_len=7)
+    whole = rows.batch(300, 6)[0]
+    parts = torch.cat([rows.batch(300, 2)[0], rows.batch(302, 4)[0]])
+    assert torch.equal(whole, parts)

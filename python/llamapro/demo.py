@@ -26,12 +26,11 @@ from llamapro.train import freeze
 NEW_BLOCKS = 6
 SEQ_LEN = 512
 BATCH_SIZE = 2
-EVAL_TOKENS = 8192
+EVAL_TOKENS = {"run": 4096, "sweep": 8192, "report": 12288}  # of each of the two held-out sets
 SEPARATOR = "<|endoftext|>"
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
 SWEEP = Path(__file__).with_name("demo_sweep.json")
 SWEPT = {"new_blocks": (5e-4, 1e-3, 2e-3), "all": (2e-5, 5e-5, 1e-4)}
-EVALUATED_TOKENS_AT_A_TIME = 2 * EVAL_TOKENS  # both sets
 
 
 @dataclass
@@ -69,8 +68,11 @@ def demo(config: DemoConfig) -> None:
     for trainable, model in (("new_blocks", expanded), ("all", base)):
         runs.append(config.out / trainable)
         rate = best_rate(trainable)
-        _train(_settings(config, plan["dtype"], trainable, model, rate, runs[-1]))
-    page = report(base, runs, config.out / "report", notes=_sweep_note())
+        settings = _settings(config, plan["dtype"], trainable, model, rate, runs[-1])
+        evaluation = {"eval_every": max(1, config.steps // 2), "eval_tokens": EVAL_TOKENS["run"]}
+        _train(settings | evaluation)
+    notes = _sweep_note()
+    page = report(base, runs, config.out / "report", max_tokens=EVAL_TOKENS["report"], notes=notes)
     print(f"\n{page.read_text()}\n{page} and report.png beside it")
 
 
@@ -84,7 +86,7 @@ def sweep(config: DemoConfig) -> None:
         for rate in rates:
             run = config.out / f"{trainable}-{rate:g}"
             settings = _settings(config, dtype, trainable, models[trainable], rate, run)
-            _train(settings)
+            _train(settings | {"eval_every": config.steps, "eval_tokens": EVAL_TOKENS["sweep"]})
             summary = json.loads((run / "summary.json").read_text())
             after = summary["perplexity_after"]
             results.append({"trainable": trainable, "learning_rate": rate, "perplexity": after})
@@ -131,12 +133,10 @@ def _plan(config: DemoConfig, models: dict[str, Path]) -> dict:
     print("timing a step ...", flush=True)
     costs = {dtype: [_timed(m, t, dtype, device) for t, m in models.items()] for dtype in dtypes}
     dtype = min(costs, key=lambda d: sum(step for step, _ in costs[d]))
-    # Each run measures before, at the half and after; the report measures three models, on twice
-    # as many tokens.
-    tokens = BATCH_SIZE * SEQ_LEN
-    evaluations = 2 * 3 * EVALUATED_TOKENS_AT_A_TIME + 3 * 2 * EVALUATED_TOKENS_AT_A_TIME
-    forward = sum(forward for _, forward in costs[dtype]) / 2
-    seconds = config.steps * sum(step for step, _ in costs[dtype]) + evaluations / tokens * forward
+    # Two runs measure before, at the half and after; the report measures three models.
+    evaluated = 2 * (2 * 3 * EVAL_TOKENS["run"] + 3 * EVAL_TOKENS["report"])
+    forward = sum(forward for _, forward in costs[dtype]) / 2 / (BATCH_SIZE * SEQ_LEN)
+    seconds = config.steps * sum(step for step, _ in costs[dtype]) + evaluated * forward
     plan = {"device": str(device), "dtype": dtype, "minutes": seconds / 60 + 1}
     write_json(file, plan)
     return plan
@@ -174,8 +174,6 @@ def _settings(
         "learning_rate": rate,
         "dtype": dtype,
         "evaluate": {"general": str(config.out / "general")},
-        "eval_every": max(1, config.steps // 2),
-        "eval_tokens": EVAL_TOKENS,
     }
 
 

@@ -18,23 +18,26 @@ NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"
 PROMPT = "def read_lines(path):\n"
 
 
-def report(base, runs, out, *, prompt: str = PROMPT, notes: str = "") -> Path:
+def report(
+    base, runs, out, *, max_tokens: int = 16384, prompt: str = PROMPT, notes: str = ""
+) -> Path:
     """Measure the base and every run's final model, and write report.md and report.png to `out`.
 
     base: model directory. runs: finished run directories; the held-out sets, sequence length and
-    dtype are those of the first. Every figure is measured here or read from the run's own files.
+    dtype are those of the first. max_tokens: of each held-out set. Every figure is measured here
+    or read from the run's own files.
     Raises FileExistsError when `out` exists, FileNotFoundError for an unfinished run.
     """
     runs = [_read_run(Path(run)) for run in runs]
-    config, dtype = runs[0]["config"], runs[0]["dtype"]
-    rows = [{"name": "base", "path": Path(base), **_measure(base, config, dtype, prompt)}]
+    how = (runs[0]["config"], runs[0]["dtype"], max_tokens, prompt)
+    rows = [{"name": "base", "path": Path(base), **_measure(base, *how)}]
     for run in runs:
         final = run["path"] / "final"
-        measured = _measure(final, config, dtype, prompt)
-        rows.append({"name": NAMES[run["config"]["trainable"]], "path": final, **run, **measured})
+        name = NAMES[run["config"]["trainable"]]
+        rows.append({"name": name, **run, "path": final, **_measure(final, *how)})
     with new_directory(out) as directory:
         _draw(rows, directory / "report.png")
-        (directory / "report.md").write_text(_page(rows, config, prompt, notes))
+        (directory / "report.md").write_text(_page(rows, max_tokens, prompt, notes))
     return Path(out) / "report.md"
 
 
@@ -67,7 +70,7 @@ def _read_run(path: Path) -> dict:
     }
 
 
-def _measure(model_path, config: dict, dtype: str, prompt: str) -> dict:
+def _measure(model_path, config: dict, dtype: str, max_tokens: int, prompt: str) -> dict:
     """Perplexity on every held-out set and a greedy continuation of the prompt."""
     device = pick_device(config["device"])
     model = Llama.from_pretrained(model_path, dtype=pick_dtype(dtype, device), device=device)
@@ -75,7 +78,7 @@ def _measure(model_path, config: dict, dtype: str, prompt: str) -> dict:
     values = {}
     for name, data in sets.items():
         rows = Rows(load_tokens(data, "heldout", model.config.vocab_size), config["seq_len"])
-        values[name] = perplexity(model, rows, 2 * config["eval_tokens"])
+        values[name] = perplexity(model, rows, max_tokens)
     return {"perplexity": values, "continuation": complete(model, model_path, prompt)}
 
 
@@ -87,8 +90,9 @@ def complete(model: Llama, model_path, prompt: str, max_new_tokens: int = 48, **
     return tokenizer.decode(model.generate(tokens, max_new_tokens, **sampling)[0].tolist())
 
 
-def _page(rows: list[dict], config: dict, prompt: str, notes: str) -> str:
+def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
     base, runs = rows[0], rows[1:]
+    config = runs[0]["config"]
     sets = list(base["perplexity"])
     head = ["model", *(f"{name} perplexity" for name in sets), "trained", "learning rate"]
     head += ["tokens/s", "peak memory", "frozen tensors"]
@@ -99,11 +103,14 @@ def _page(rows: list[dict], config: dict, prompt: str, notes: str) -> str:
     ]
     counts = ", ".join(f"{base['perplexity'][name]['tokens']} tokens of {name}" for name in sets)
     tokens = config["steps"] * config["batch_size"] * config["accumulation"] * config["seq_len"]
+    places = [base["path"], *(run["path"].parent for run in runs)]
     lines += [
         "",
         f"Perplexity on {counts}, held out by file, in rows of {config['seq_len']}; the change is"
         f" against the base. Each run saw the same {tokens} tokens in the same order, in"
-        f" {runs[0]['dtype']} on {runs[0]['device']}. Peak memory is of the whole process.",
+        f" {runs[0]['dtype']} on {runs[0]['device']}. Peak memory is of the whole process. Frozen"
+        " tensors are compared by a hash in memory before and after the run, and byte by byte in"
+        " the files.",
         "",
         "![training loss and perplexity](report.png)",
         *([] if not notes else ["", notes]),
@@ -111,7 +118,8 @@ def _page(rows: list[dict], config: dict, prompt: str, notes: str) -> str:
         "## Commands",
         "```",
         *(shlex.join(command(run["config"])) for run in runs),
-        f"llamapro report {base['path']} {' '.join(str(r['path'].parent) for r in runs)} --out OUT",
+        shlex.join(["llamapro", "report", *(str(p) for p in places), "--out", "OUT"])
+        + f" --max-tokens {max_tokens}",
         "```",
         "",
         f"## Greedy continuation of `{prompt.strip()}`",

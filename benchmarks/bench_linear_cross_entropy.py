@@ -1,0 +1,28 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+
+import llamapro_kernels as lk
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("tokens, width, vocabulary", [(1024, 576, 49152)])
+def test_linear_cross_entropy(compare, tokens, width, vocabulary, frozen):
+    """Forward and backward; a frozen head has no gradient here and in the peers."""
+    x = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
+    weight = torch.randn(vocabulary, width, device=DEVICE).mul_(0.02).requires_grad_(not frozen)
+    targets = torch.randint(vocabulary, (tokens,), device=DEVICE)
+    wanted = [x] if frozen else [x, weight]
+
+    def step(function):
+        return lambda: torch.autograd.grad(function(x), wanted)
+
+    def plain(x):
+        return F.cross_entropy(F.linear(x, weight), targets)
+
+    compare(
+        step(lambda x: lk.linear_cross_entropy(x, weight, targets)),
+        {"plain": step(plain), "compiled": step(torch.compile(plain))},
+        flops=(4 if frozen else 6) * tokens * width * vocabulary,
+    )

@@ -1,0 +1,28 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+
+import llamapro_kernels as lk
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows, width", [(2048, 576), (4096, 4096)])
+def test_rms_norm(compare, rows, width, frozen):
+    """Forward and backward; with a frozen weight the peers skip its gradient too."""
+    x = torch.randn(rows, width, device=DEVICE, requires_grad=True)
+    weight = torch.randn(width, device=DEVICE, requires_grad=not frozen)
+    dy = torch.randn(rows, width, device=DEVICE)
+    wanted = [x] if frozen else [x, weight]
+
+    def step(function):
+        return lambda: torch.autograd.grad(function(x), wanted, dy)
+
+    def plain(x):
+        return F.rms_norm(x, (width,), weight, 1e-5)
+
+    compare(
+        step(lambda x: lk.rms_norm(x, weight, 1e-5)),
+        {"plain": step(plain), "compiled": step(torch.compile(plain))},
+        bytes=5 * x.nbytes,  # read x, write y; read dy and x, write dx
+    )

@@ -1,0 +1,26 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+
+import llamapro_kernels as lk
+
+
+@pytest.mark.parametrize("rows, width", [(2048, 1536), (4096, 11008)])
+def test_swiglu(compare, rows, width):
+    """Forward and backward."""
+    gate_up = torch.randn(rows, 2 * width, device=DEVICE, requires_grad=True)
+    dy = torch.randn(rows, width, device=DEVICE)
+
+    def step(function):
+        return lambda: torch.autograd.grad(function(gate_up), [gate_up], dy)
+
+    def plain(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    compare(
+        step(lk.swiglu),
+        {"plain": step(plain), "compiled": step(torch.compile(plain))},
+        bytes=4 * gate_up.nbytes,  # read 2I, write I; read 3I, write 2I
+    )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from compare import DEVICE
 
 import llamapro_kernels as lk
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import DEVICE
+from compare import DEVICE
 
 import llamapro_kernels as lk
 

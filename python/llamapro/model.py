@@ -21,7 +21,7 @@ FIXED_SETTINGS = {
 
 @dataclass
 class LlamaConfig:
-    """A Llama's shape, under the names of Hugging Face's config.json.
+    """A Llama's shape, under the names and with the defaults of Hugging Face's config.json.
 
     `num_key_value_heads` and `head_dim` follow from the others when None. `rope_scaling` holds
     "rope_type" (default, linear or llama3) and its settings. `llama_pro` records block expansion:
@@ -37,8 +37,8 @@ class LlamaConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
     attention_bias: bool = False

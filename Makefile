@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 .PHONY: demo sweep test bench lint
 
-# The whole method on real input, to runs/demo/report; STEPS=200 for a longer run.
+# The whole method on real input, to runs/demo-60/report; STEPS=200 for a longer run.
 demo: .venv/installed
 	$(BIN)/python -m llamapro.demo --steps $(STEPS) --out runs/demo-$(STEPS)
 

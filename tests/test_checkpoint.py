@@ -167,11 +167,31 @@ def test_a_write_that_fails_leaves_nothing(tiny, tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    stale = tmp_path / ".out.partial-999999999"
+    stale = tmp_path / ".out.partial"
     stale.mkdir()
+    (stale / "half").write_text("x")
     with new_directory(tmp_path / "out") as directory:
         (directory / "file").write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_two_processes_do_not_write_one_directory(tmp_path):
+    with (
+        new_directory(tmp_path / "out") as directory,
+        pytest.raises(BlockingIOError, match="another process"),
+        new_directory(tmp_path / "out"),
+    ):
+        pass
+    assert directory == tmp_path / ".out.partial" and (tmp_path / "out").exists()
+
+
+def test_a_tied_file_with_both_names(tiny, tmp_path):
+    """Trained, the second name must not keep the old values."""
+    path = tiny(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    rewrite(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert "lm_head.weight" not in Checkpoint(path).tensors
+    assert Llama.from_pretrained(path).config.tie_word_embeddings
 
 
 def test_dtype_is_that_of_most_values(tiny_path):

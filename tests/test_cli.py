@@ -1,8 +1,18 @@
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
 
 import pytest
-from llamapro.report import frozen_verdict
 
+from llamapro.report import command, frozen_verdict
+from llamapro.train import TrainConfig
+
+tyro = pytest.importorskip("tyro")
 cli = pytest.importorskip("llamapro.cli")
 
 
@@ -72,7 +82,44 @@ def test_report_measures_all_models(run, trained, monkeypatch, tmp_path):
         summary = json.loads((run_directory / "summary.json").read_text())
         assert f"{summary['trainable_parameters'] / 1e6:.1f} M" in line
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert page.count("llamapro train --model") == 2
+    commands = [line for line in page.splitlines() if line.startswith("llamapro train")]
+    for run_directory, words in zip(runs, map(shlex.split, commands), strict=True):
+        config = tyro.cli(TrainConfig, args=words[2:])
+        assert asdict(config) == json.loads((run_directory / "config.json").read_text()) | {
+            "betas": (0.9, 0.95)
+        }
+    assert "Each run saw 128 tokens, the same in the same order." in page
+
+
+def test_commands_without_further_sets_parse(tiny_path):
+    config = {"model": "m", "data": "d", "out": "a b", "evaluate": {}, "steps": 3}
+    again = tyro.cli(TrainConfig, args=command(config)[2:])
+    assert (again.out, again.steps, again.evaluate) == ("a b", 3, {})
+
+
+def test_ctrl_c_ends_in_a_checkpoint_and_a_message(tiny, token_data, tmp_path):
+    """As a process of its own, as a user has it."""
+    from llamapro import expand
+
+    expand(tiny(), new_blocks=1).save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    words = ["train", "--model", tmp_path / "model", "--data", token_data(), "--out", run]
+    words += ["--steps", "100000", "--seq-len", "16", "--dtype", "float32", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "llamapro.cli", *map(str, words)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = run / "metrics.jsonl"
+    while child.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130 and "--resume goes on" in said and "Traceback" not in said
+    assert list((run / "checkpoints").glob("step-*/state.safetensors"))
 
 
 def test_a_changed_frozen_tensor_is_seen(trained):

@@ -61,14 +61,36 @@ def test_text_survives(corpus, tokenizer, tmp_path):
 
 
 def test_the_split_does_not_depend_on_where_the_corpus_lies(corpus, tokenizer, tmp_path):
-    moved = tmp_path / "elsewhere"
-    corpus.joinpath("deep").rename(tmp_path / "deep")
-    moved.mkdir()
-    (tmp_path / "deep").rename(moved / "deep")
-    corpus.joinpath("deep").symlink_to(moved / "deep")
-    for source, out in ((moved, "a"), (corpus / "deep", "b")):
-        prepare([source], tokenizer, tmp_path / out, pattern="f*.py")
-    assert len(documents(tmp_path / "a", "heldout")) == len(documents(tmp_path / "b", "heldout"))
+    prepare([corpus], tokenizer, tmp_path / "a", pattern="f*.py")
+    corpus.rename(tmp_path / "moved")
+    prepare([tmp_path / "moved"], tokenizer, tmp_path / "b", pattern="f*.py")
+    for part in ("train", "heldout"):
+        assert documents(tmp_path / "a", part) == documents(tmp_path / "b", part)
+
+
+def test_a_file_named_twice_is_one_document(corpus, tokenizer, tmp_path):
+    sources = [corpus, corpus / "deep" / "f1.py", corpus / "deep" / ".." / "deep"]
+    meta = prepare(sources, tokenizer, tmp_path / "out", pattern="f*.py")
+    assert sum(meta["documents"].values()) == 20
+
+
+def test_text_that_looks_like_a_separator_stays_text(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("one <eos> two")
+    prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "out", heldout=0.0)
+    assert len(documents(tmp_path / "out", "train")) == 1
+
+
+def test_one_document_cannot_be_split(corpus, tokenizer, tmp_path):
+    with pytest.raises(DataError, match="1 document cannot be split by file"):
+        prepare([corpus / "deep" / "f1.py"], tokenizer, tmp_path / "out")
+
+
+def test_a_large_file_stays_in_training(tokenizer, tmp_path):
+    for name, size in (("a", 10), ("b", 10), ("c", 5000)):
+        (tmp_path / f"{name}.txt").write_text("x " * size)
+    sources = [tmp_path / f"{name}.txt" for name in "abc"]
+    meta = prepare(sources, tokenizer, tmp_path / "out", heldout=0.1)
+    assert meta["tokens"]["train"] > 10 * meta["tokens"]["heldout"] > 0
 
 
 @pytest.mark.parametrize(

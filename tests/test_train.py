@@ -10,10 +10,11 @@ import pytest
 import torch
 from llamapro import Llama, expand, run_state
 from llamapro import train as module
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoint import Checkpoint, CheckpointError, lock
 from llamapro.data import DataError, Rows
-from llamapro.train import Interrupted, Optimizer, TrainConfig, schedule, take_step, train
-from safetensors.torch import load_file
+from llamapro.optimizer import Optimizer
+from llamapro.train import Interrupted, TrainConfig, schedule, take_step, train
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -35,6 +36,10 @@ def config(tiny, token_data, tmp_path):
         eval_tokens=64,
         checkpoint_every=10,
     )
+
+
+def optimizer_of(model, **changes):
+    return Optimizer(model, **{"clip": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.95), **changes})
 
 
 def records(config, key="loss"):
@@ -108,13 +113,13 @@ def test_accumulation_is_exact(config, tiny):
     gradients = []
     for size in (4, 1):
         model = tiny().double()
-        micro = replace(config, batch_size=size, accumulation=4 // size, clip=1e9)
+        micro = replace(config, batch_size=size, accumulation=4 // size)
 
         class Fixed:
             def batch(self, start, count):
                 return tokens, targets
 
-        optimizer = Optimizer(model, micro)
+        optimizer = optimizer_of(model, clip=1e9)
         grads = {}
         optimizer.step = lambda lr, o=optimizer, g=grads: g.update(
             {n: m.grad.clone() for n, (_, m) in o.pairs.items()}
@@ -131,7 +136,7 @@ def test_bf16_weights_follow_fp32_masters(config):
     """Updates far below bf16's resolution add up."""
     model = Llama.from_pretrained(config.model)
     model.train_new_blocks_only()
-    optimizer = Optimizer(model, replace(config, weight_decay=0.0))
+    optimizer = optimizer_of(model)
     name, (parameter, master) = next(iter(optimizer.pairs.items()))
     assert parameter.dtype == torch.bfloat16 and master.dtype == torch.float32
     start = parameter.detach().float().clone()
@@ -171,6 +176,64 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(config, monkeypatch):
     assert list(records(config)) == list(range(1, 21))
 
 
+def test_resume_keeps_the_dtype_that_auto_took(config, monkeypatch):
+    """The choice is a measurement; a second one may come out otherwise."""
+    config = replace(config, dtype="auto")
+    monkeypatch.setattr(module, "pick_dtype", lambda device: "bfloat16")
+    train(config)
+    assert run_state.settings(config.out)["dtype"] == "bfloat16"
+    monkeypatch.setattr(module, "pick_dtype", lambda device: "float32")
+    assert train(config, resume=True)["dtype"] == "bfloat16"
+
+
+def damage_tensor(file):
+    file.with_name("state.safetensors").write_bytes(b"pickle")
+
+
+def damage_shape(file):
+    tensors = load_file(file.with_name("state.safetensors"))
+    name = next(name for name in tensors if name.startswith("exp_avg."))
+    save_file({**tensors, name: tensors[name][:1].clone()}, file.with_name("state.safetensors"))
+
+
+def damage_json(file):
+    file.write_text("{")
+
+
+@pytest.mark.parametrize("damage", [damage_tensor, damage_shape, damage_json])
+def test_a_damaged_checkpoint_is_named(config, tmp_path, damage):
+    train(config)
+    damage(tmp_path / "run" / "checkpoints" / "step-00000020" / "state.json")
+    with pytest.raises(CheckpointError, match=r"step-00000020 is damaged: .* an earlier one"):
+        train(config, resume=True)
+
+
+def test_what_does_not_belong_there_is_ignored(config, tmp_path):
+    train(config)
+    before = records(config)
+    (tmp_path / "run" / "checkpoints" / "step-notes.txt").write_text("mine")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 21, "lo')  # power was lost here
+    train(config, resume=True)
+    assert records(config) == before
+    assert (tmp_path / "run" / "checkpoints" / "step-notes.txt").exists()
+
+
+def test_an_evaluation_that_was_lost_is_made_again(config, tmp_path):
+    summary = train(config)
+    (tmp_path / "run" / "summary.json").unlink()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    again = train(config, resume=True)
+    assert again["perplexity_after"] == summary["perplexity_after"]
+
+
+def test_two_processes_do_not_share_a_run(config, tmp_path):
+    train(config)
+    with lock(tmp_path / "run"), pytest.raises(BlockingIOError, match="another process"):
+        train(config, resume=True)
+
+
 def run_in_child(config, resume):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
@@ -185,23 +248,28 @@ def test_killed_at_random_moments(config, tmp_path):
     train(replace(config, out=str(tmp_path / "calm")))
     torch.set_num_threads(threads)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llamapro.train"])
+    context.set_forkserver_preload(["torch", "llamapro.train"])
     chance = random.Random(0)
     for kill in range(20):
         child = context.Process(target=run_in_child, args=(config, kill > 0))
         child.start()
         start, before = time.monotonic(), newest_step(config)
-        while newest_step(config) == before and child.is_alive():
+        while kill and newest_step(config) == before and child.is_alive():
             assert time.monotonic() - start < 60
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.04))
+        while not kill and not (tmp_path / "run").exists():
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.04))  # the first falls before or into the first checkpoint
         child.kill()
         child.join()
+        if not run_state.checkpoints(config.out):
+            assert kill == 0
+            continue
         newest = run_state.checkpoints(config.out)[-1]
         state = json.loads((newest / "state.json").read_text())
         assert newest.name == f"step-{state['step']:08d}"
         assert all(t.isfinite().all() for t in load_file(newest / "state.safetensors").values())
-    assert 20 <= newest_step(config) < 150, "the kills fell into the run"
+    assert 19 <= newest_step(config) < 150, "the kills fell into the run"
     torch.set_num_threads(1)
     train(config, resume=True)
     torch.set_num_threads(threads)
@@ -220,12 +288,20 @@ def newest_step(config):
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"learning_rate": -1.0}, ValueError, r"got -1\.0"),
         ({"dtype": "float16"}, ValueError, "'float16'"),
+        ({"clip": -1.0}, ValueError, r"clip must be above 0 and finite, got -1\.0"),
+        ({"learning_rate": float("inf")}, ValueError, "got inf"),
+        ({"weight_decay": -0.1}, ValueError, r"weight_decay must lie in 0\.\.inf, got -0\.1"),
+        ({"seed": -1}, ValueError, "got -1"),
+        ({"evaluate": {"domain": "x"}}, ValueError, "'domain'"),
+        ({"device": "cuda"}, ValueError, "no CUDA here"),
         ({"seq_len": 5000}, DataError, "5001 tokens expected, got 4000"),
         ({"data": "nowhere"}, DataError, "meta.json"),
         ({"model": "nowhere"}, ValueError, "no such directory"),
     ],
 )
 def test_bad_settings_write_nothing(config, tmp_path, change, error, message):
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
     with pytest.raises(error, match=message):
         train(replace(config, **change))
     assert not (tmp_path / "run").exists()
@@ -243,9 +319,9 @@ def test_a_base_has_no_new_block_to_train(config, tiny_path, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_frozen_model_has_nothing_to_optimize(config, tiny):
+def test_a_frozen_model_has_nothing_to_optimize(tiny):
     with pytest.raises(ValueError, match="no trainable parameter"):
-        Optimizer(tiny().requires_grad_(False), config)
+        optimizer_of(tiny().requires_grad_(False))
 
 
 def test_a_batch_without_targets(config, tiny):
@@ -255,21 +331,32 @@ def test_a_batch_without_targets(config, tiny):
 
     model = tiny()
     with pytest.raises(ValueError, match="without a single valid target"):
-        take_step(model, Optimizer(model, config), Empty(), config, 0)
+        take_step(model, optimizer_of(model), Empty(), config, 0)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(config, tmp_path, monkeypatch):
-    def poisoned(model, *arguments):
-        if arguments[-1] == 12:
-            torch.nn.init.constant_(model.blocks[2].down_proj.weight, float("inf"))
-        return take_step(model, *arguments)
+def test_a_loss_that_is_not_finite_changes_nothing(config):
+    """Neither weights nor masters nor moments."""
+    model = Llama.from_pretrained(config.model)
+    model.train_new_blocks_only()
+    optimizer = optimizer_of(model)
+    rows = Rows(torch.randint(61, (4000,)).numpy(), 16)
+    take_step(model, optimizer, rows, config, 0)
+    poisoned = dict(model.blocks[0].named_parameters())["attention_norm"].data
+    poisoned[0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(FloatingPointError, match=r"step 2: .* the step was not taken"):
+        take_step(model, optimizer, rows, config, 1)
+    for name, tensor in optimizer.state().items():
+        assert torch.equal(tensor, before[name]), name
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(), weights[name].nan_to_num()), name
 
-    monkeypatch.setattr(module, "take_step", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 13: .* the step was not taken"):
-        train(config)
+
+def test_a_run_that_diverges_is_no_result(config, tmp_path):
+    with pytest.raises(FloatingPointError):
+        train(replace(config, learning_rate=1e6, clip=1e9, dtype="float32"))
     assert not (tmp_path / "run" / "final").exists()
-    newest = load_file(run_state.checkpoints(config.out)[-1] / "state.safetensors")
-    assert all(tensor.isfinite().all() for tensor in newest.values())
 
 
 def test_an_existing_run_is_kept(config):

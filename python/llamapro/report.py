@@ -1,8 +1,10 @@
 """What a run gained and what it kept, as one Markdown page and one picture."""
 
 import json
+import math
 import shlex
 from dataclasses import MISSING, fields
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from llamapro.checkpoint import Checkpoint, new_directory
 from llamapro.data import Rows, load_tokenizer, load_tokens
 from llamapro.evaluate import perplexity
-from llamapro.hardware import pick_device, pick_dtype
+from llamapro.hardware import pick_device
 from llamapro.model import Llama
 from llamapro.train import TrainConfig
 
@@ -29,11 +31,12 @@ def report(
     Raises FileExistsError when `out` exists, FileNotFoundError for an unfinished run.
     """
     runs = [_read_run(Path(run)) for run in runs]
-    how = (runs[0]["config"], runs[0]["dtype"], max_tokens, prompt)
+    how = (runs[0]["config"], max_tokens, prompt)
     rows = [{"name": "base", "path": Path(base), **_measure(base, *how)}]
     for run in runs:
         final = run["path"] / "final"
         name = NAMES[run["config"]["trainable"]]
+        name = f"{name} ({run['path'].name})" if name in [row["name"] for row in rows] else name
         rows.append({"name": name, **run, "path": final, **_measure(final, *how)})
     with new_directory(out) as directory:
         _draw(rows, directory / "report.png")
@@ -70,10 +73,10 @@ def _read_run(path: Path) -> dict:
     }
 
 
-def _measure(model_path, config: dict, dtype: str, max_tokens: int, prompt: str) -> dict:
+def _measure(model_path, config: dict, max_tokens: int, prompt: str) -> dict:
     """Perplexity on every held-out set and a greedy continuation of the prompt."""
     device = pick_device(config["device"])
-    model = Llama.from_pretrained(model_path, dtype=pick_dtype(dtype, device), device=device)
+    model = Llama.from_pretrained(model_path, getattr(torch, config["dtype"]), device)
     sets = {"domain": config["data"], **config["evaluate"]}
     values = {}
     for name, data in sets.items():
@@ -102,12 +105,11 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
         *_table(head, [_cells(r, base) for r in rows]),
     ]
     counts = ", ".join(f"{base['perplexity'][name]['tokens']} tokens of {name}" for name in sets)
-    tokens = config["steps"] * config["batch_size"] * config["accumulation"] * config["seq_len"]
     places = [base["path"], *(run["path"].parent for run in runs)]
     lines += [
         "",
         f"Perplexity on {counts}, held out by file, in rows of {config['seq_len']}; the change is"
-        f" against the base. Each run saw the same {tokens} tokens in the same order, in"
+        f" against the base. {_same_data([run['config'] for run in runs])} Computed in"
         f" {runs[0]['dtype']} on {runs[0]['device']}. Peak memory is of the whole process. Frozen"
         " tensors are compared by a hash in memory before and after the run, and byte by byte in"
         " the files.",
@@ -118,8 +120,8 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
         "## Commands",
         "```",
         *(shlex.join(command(run["config"])) for run in runs),
-        shlex.join(["llamapro", "report", *(str(p) for p in places), "--out", "OUT"])
-        + f" --max-tokens {max_tokens}",
+        shlex.join(["llamapro", "report", *map(str, places), "--out", "OUT"])
+        + f" --max-tokens {max_tokens} --prompt {shlex.quote(prompt)}",
         "```",
         "",
         f"## Greedy continuation of `{prompt.strip()}`",
@@ -127,6 +129,15 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
     for row in rows:
         lines += ["", f"{row['name']}:", "```python", row["continuation"], "```"]
     return "\n".join(lines) + "\n"
+
+
+def _same_data(configs: list[dict]) -> str:
+    """What the runs saw, when it was the same."""
+    names = ("data", "seed", "steps", "batch_size", "accumulation", "seq_len")
+    if any(c[name] != configs[0][name] for c in configs for name in names):
+        return "The runs differ in the data they saw."
+    tokens = math.prod(configs[0][name] for name in names[2:])
+    return f"Each run saw {tokens} tokens, the same in the same order."
 
 
 def _cells(row: dict, base: dict) -> list[str]:
@@ -157,8 +168,8 @@ def command(config: dict) -> list[str]:
     for setting in fields(TrainConfig):
         default = None if setting.default is MISSING else setting.default
         value = config.get(setting.name, default)
-        if isinstance(value, dict) and value:
-            words += [f"--{setting.name}", *(w for item in value.items() for w in item)]
+        if isinstance(value, dict):
+            words += [f"--{setting.name}", *chain(*value.items())] if value else []
         elif isinstance(value, list):
             words += [f"--{setting.name}", *map(str, value)] if tuple(value) != default else []
         elif value != default:

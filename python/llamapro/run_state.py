@@ -11,14 +11,17 @@ import base64
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llamapro import checkpoint
-from llamapro.checkpoint import Checkpoint, TensorEntry
+from llamapro.checkpoint import Checkpoint, CheckpointError, TensorEntry
 
 KEPT = 2
 MAY_DIFFER = ("out", "device")  # settings that a resumed run may change
@@ -39,16 +42,19 @@ class Run:
             values = ", ".join(f"{name} {p:.3f}" for name, p in record["perplexity"].items())
             progress.say(f"step {record['step']}: held-out perplexity {values}")
 
+    def records(self, key: str) -> list[dict]:
+        """The lines of metrics.jsonl that have this key."""
+        return [r for r in map(json.loads, self.metrics.read_text().splitlines()) if key in r]
+
     def save(self, step: int, optimizer) -> None:
         """Write a checkpoint, whole or not at all, then drop all but the newest two."""
+        checkpoint.sync(self.metrics)
         tensors = optimizer.state()
         entries = [
             TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
             for name, tensor in tensors.items()
         ]
         out = self.path / "checkpoints" / f"step-{step:08d}"
-        if out.exists():
-            return
         with checkpoint.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
             state = {"step": step, "frozen": self.frozen, "random": _random_state()}
             checkpoint.write_json(directory / "state.json", state)
@@ -59,45 +65,43 @@ class Run:
     def restore(self, optimizer) -> int:
         """Go back to the newest checkpoint and return its step; 0 when there is none.
 
-        Raises ValueError when the frozen tensors are not those of the run.
+        Raises ValueError when the frozen tensors are not those of the run, and CheckpointError
+        for a damaged checkpoint.
         """
         saved = checkpoints(self.path)
         step = 0
         if saved:
-            state = json.loads((saved[-1] / "state.json").read_text())
+            state, tensors = _read(saved[-1], optimizer.shapes())
             if state["frozen"] != self.frozen:
                 raise ValueError(
                     f"{self.config.model}: frozen tensors differ from those of the run"
                 )
-            optimizer.load_state(load_file(saved[-1] / "state.safetensors"), state["step"])
-            _set_random_state(state["random"])
             step = state["step"]
+            optimizer.load_state(tensors, step)
+            _set_random_state(state["random"])
         self._forget_after(step, keep_evaluation=bool(saved))
         return step
 
     def finish(self, model, peak_memory: int) -> dict:
         """Write the final model and the summary, which is returned."""
-        base = Checkpoint(self.config.model)
+        if (self.path / "summary.json").exists():
+            return json.loads((self.path / "summary.json").read_text())
         final = self.path / "final"
         if not final.exists():
-            save_trained(model, base, final)
-        records = [json.loads(line) for line in self.metrics.read_text().splitlines()]
-        steps = [r for r in records if "loss" in r]
-        evaluations = [r for r in records if "perplexity" in r]
-        rates = sorted(r["tokens_per_second"] for r in steps)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
+            save_trained(model, Checkpoint(self.config.model), final)
+        evaluations = self.records("perplexity")
+        rates = sorted(r["tokens_per_second"] for r in self.records("loss"))
         summary = {
             "config": asdict(self.config),
             "dtype": str(model.norm.dtype).removeprefix("torch."),
             "device": str(model.norm.device),
-            "parameters": total,
-            "trainable_parameters": trainable,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "tokens_per_second": rates[len(rates) // 2],
             "peak_memory_bytes": peak_memory,
             "frozen_fingerprint": self.frozen,
-            "perplexity_before": evaluations[0]["perplexity"] if evaluations else {},
-            "perplexity_after": evaluations[-1]["perplexity"] if evaluations else {},
+            "perplexity_before": evaluations[0]["perplexity"],
+            "perplexity_after": evaluations[-1]["perplexity"],
         }
         checkpoint.write_json(self.path / "summary.json", summary)
         return summary
@@ -105,27 +109,44 @@ class Run:
     def _forget_after(self, step: int, keep_evaluation: bool) -> None:
         """Drop metrics of steps that will be taken again."""
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        kept = [line for line in lines if keep_evaluation and _step_of(line) <= step]
+        whole = [line for line in lines if line.endswith("\n")]  # not one cut short by a crash
+        kept = [line for line in whole if keep_evaluation and json.loads(line)["step"] <= step]
         partial = self.metrics.with_suffix(".partial")
         partial.write_text("".join(kept))
         os.replace(partial, self.metrics)
 
 
-def open_run(config, frozen: str, *, resume: bool) -> Run:
+@contextmanager
+def open_run(config, frozen: str, *, resume: bool) -> Iterator[Run]:
     """A new run directory, or one that exists, with the same settings, when `resume`.
 
-    Raises FileExistsError, FileNotFoundError, or ValueError for settings that differ.
+    Raises FileExistsError, ValueError for settings that differ, and BlockingIOError when another
+    process works on the run.
     """
     path = Path(config.out)
-    settings = path / "config.json"
-    if not resume:
-        if path.exists():
-            raise FileExistsError(f"{path} exists: resume it, or name a new run directory")
+    if resume:
+        _check_settings(path, config)
+    elif path.exists():
+        raise FileExistsError(f"{path} exists: resume it, or name a new run directory")
+    else:
         with checkpoint.new_directory(path) as directory:
             checkpoint.write_json(directory / "config.json", asdict(config))
-    elif not settings.exists():
-        raise FileNotFoundError(f"{path}: a run to resume expected, got no config.json")
-    then, now = json.loads(settings.read_text()), json.loads(json.dumps(asdict(config)))
+    with checkpoint.lock(path):
+        for partial in (path / "checkpoints").glob(".*.partial"):
+            shutil.rmtree(partial)
+        yield Run(config, frozen)
+
+
+def settings(run) -> dict:
+    """The settings a run was started with. Raises FileNotFoundError when there is no run."""
+    file = Path(run) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{run}: a run to resume expected, got no config.json")
+    return json.loads(file.read_text())
+
+
+def _check_settings(path: Path, config) -> None:
+    then, now = settings(path), json.loads(json.dumps(asdict(config)))
     changed = [
         f"{name} was {then.get(name)!r}, got {now[name]!r}"
         for name in now
@@ -133,12 +154,30 @@ def open_run(config, frozen: str, *, resume: bool) -> Run:
     ]
     if changed:
         raise ValueError(f"{path}: a resumed run keeps its settings: {'; '.join(changed)}")
-    return Run(config, frozen)
 
 
 def checkpoints(run) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((Path(run) / "checkpoints").glob("step-*"))
+    folders = (Path(run) / "checkpoints").glob("step-" + "[0-9]" * 8)
+    return sorted(folder for folder in folders if folder.is_dir())
+
+
+def _read(folder: Path, shapes: dict[str, tuple]) -> tuple[dict, dict[str, torch.Tensor]]:
+    """A checkpoint's state and tensors, which must have these names and shapes, in fp32."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / "state.safetensors")
+        expected = {name: (tuple(shape), torch.float32) for name, shape in shapes.items()}
+        got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        wrong = sorted(name for name in expected | got if expected.get(name) != got.get(name))
+        if wrong:
+            name = wrong[0]
+            raise ValueError(f"{name}: {expected.get(name)} expected, got {got.get(name)}")
+        return state, tensors
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is damaged: {error}; remove it to go on from an earlier one"
+        ) from None
 
 
 def save_trained(model, base: Checkpoint, out: Path) -> None:
@@ -156,14 +195,6 @@ def save_trained(model, base: Checkpoint, out: Path) -> None:
     ]
     with checkpoint.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
         checkpoint.write_model(directory, model.config, entries, files_from=base.path)
-
-
-def _step_of(line: str) -> float:
-    """A line cut short by a crash counts as later than all."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
 
 
 def _random_state() -> dict[str, str]:

@@ -3,10 +3,12 @@
 import hashlib
 import math
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -16,12 +18,19 @@ from llamapro.data import Rows, load_tokens
 from llamapro.evaluate import perplexity
 from llamapro.hardware import peak_memory, pick_device, pick_dtype
 from llamapro.model import Llama
+from llamapro.optimizer import Optimizer
 from llamapro.progress import Progress
+
+TRAINABLE = ("new_blocks", "all")
+DTYPES = ("auto", "bfloat16", "float32")
 
 
 @dataclass
 class TrainConfig:
-    """One run. The defaults are the paper's (LLaMA Pro, section 4.1), but for the sizes."""
+    """One run. The defaults are the paper's (LLaMA Pro, section 4.1), but for the sizes.
+
+    Raises ValueError for settings that make no sense.
+    """
 
     model: str
     """Hugging Face Llama directory; expanded, unless everything is trained."""
@@ -29,30 +38,57 @@ class TrainConfig:
     """Directory made by `llamapro prepare`."""
     out: str
     """Run directory: metrics, checkpoints, and the final model."""
-    trainable: str = "new_blocks"
-    """"new_blocks" or "all"."""
+    trainable: Literal["new_blocks", "all"] = "new_blocks"
+    """What is trained: the blocks that expansion added, or everything."""
     steps: int = 100
+    """Optimizer steps."""
     batch_size: int = 4
     """Rows of a micro-batch."""
     accumulation: int = 1
     """Micro-batches of a step."""
     seq_len: int = 512
+    """Tokens of a row."""
     learning_rate: float = 2e-4
+    """The highest, after the warm-up."""
     warmup: float = 0.06
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = 0.1
+    """Of matrices; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    dtype: str = "auto"
-    """"bfloat16", "float32" or the faster of the two here."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of weights and activations; auto takes the one that multiplies faster here."""
     device: str = "auto"
+    """auto is CUDA when there is one."""
     seed: int = 0
+    """Of the order of the rows."""
     evaluate: dict[str, str] = field(default_factory=dict)
     """Further held-out sets, name to data directory."""
     eval_every: int = 50
+    """Steps between evaluations; there is one before and one after."""
     eval_tokens: int = 16384
+    """Of each held-out set."""
     checkpoint_every: int = 50
+    """Steps between checkpoints."""
+
+    def __post_init__(self):
+        for name, allowed in (("trainable", TRAINABLE), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        counts = ("steps", "batch_size", "accumulation", "seq_len")
+        for name in (*counts, "eval_every", "eval_tokens", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", math.inf)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must lie in 0..{most}, got {getattr(self, name)}")
+        if "domain" in self.evaluate:
+            raise ValueError("the held-out set 'domain' is that of data; name the further one else")
 
 
 class Interrupted(RuntimeError):
@@ -65,43 +101,51 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     Leaves `out`/metrics.jsonl, `out`/checkpoints and `out`/final, a plain Hugging Face Llama in
     the dtype of config.model. `resume` goes on from the newest checkpoint, bit for bit as if the
     run had not stopped. Raises before the first step: CheckpointError for the model, DataError
-    for the data, ValueError for settings, FileExistsError for a run that exists and is not
-    resumed. Raises FloatingPointError before a step whose loss or gradient is not finite, and
-    Interrupted after Ctrl-C.
+    for the data, FileExistsError for a run that exists and is not resumed. Raises
+    FloatingPointError for a loss, gradient or perplexity that is not finite, before it can reach
+    a checkpoint, and Interrupted after Ctrl-C.
     """
-    _check(config)
     device = pick_device(config.device)
+    if config.dtype == "auto":
+        started = run_state.settings(config.out)["dtype"] if resume else pick_dtype(device)
+        config = replace(config, dtype=started)
     rows, heldout = _open_data(config)
-    model = Llama.from_pretrained(
-        config.model, dtype=pick_dtype(config.dtype, device), device=device
-    )
+    model = Llama.from_pretrained(config.model, getattr(torch, config.dtype), device)
     freeze(model, config.trainable)
     frozen = fingerprint(model)
-    optimizer = Optimizer(model, config)
-    run = run_state.open_run(config, frozen, resume=resume)
-    step = run.restore(optimizer)
-    with Progress(config.steps, step) as progress, _ctrl_c() as stop:
-        if not step:
-            run.log(_evaluation(model, heldout, config, 0), progress)
-        while step < config.steps:
-            began = time.perf_counter()
-            metrics = take_step(model, optimizer, rows, config, step)
-            step += 1
-            seconds = time.perf_counter() - began
-            rate = config.batch_size * config.accumulation * config.seq_len / seconds
-            run.log({"step": step, **metrics, "tokens_per_second": rate})
-            progress.step(step, metrics["loss"], metrics["learning_rate"], rate)
-            if step % config.eval_every == 0 or step == config.steps:
-                run.log(_evaluation(model, heldout, config, step), progress)
-            if step % config.checkpoint_every == 0 or step == config.steps or stop:
-                run.save(step, optimizer)
-            if stop:
-                raise Interrupted(
-                    f"stopped after step {step}; the same command with --resume goes on"
-                )
-    if fingerprint(model) != frozen:
-        raise RuntimeError("frozen tensors changed during training; nothing was written")
-    return run.finish(model, peak_memory(device))
+    optimizer = Optimizer(
+        model, clip=config.clip, weight_decay=config.weight_decay, betas=config.betas
+    )
+    with run_state.open_run(config, frozen, resume=resume) as run, _ctrl_c() as stop:
+        step = run.restore(optimizer)
+        with Progress(config.steps, step) as progress:
+            _run_steps(run, model, optimizer, rows, heldout, step, progress, stop)
+        if fingerprint(model) != frozen:
+            raise RuntimeError("frozen tensors changed during training; no model was written")
+        return run.finish(model, peak_memory(device))
+
+
+def _run_steps(run, model, optimizer, rows, heldout, step, progress, stop) -> None:
+    """From `step` to the last one; evaluations and checkpoints where they are due."""
+    config = run.config
+    if not step:
+        run.log(_evaluation(model, heldout, config, 0), progress)
+    while step < config.steps:
+        began = time.perf_counter()
+        metrics = take_step(model, optimizer, rows, config, step)
+        step += 1
+        seconds = time.perf_counter() - began
+        rate = config.batch_size * config.accumulation * config.seq_len / seconds
+        run.log({"step": step, **metrics, "tokens_per_second": rate})
+        progress.step(step, metrics["loss"], metrics["learning_rate"], rate)
+        if step % config.eval_every == 0 and not stop:
+            run.log(_evaluation(model, heldout, config, step), progress)
+        if step % config.checkpoint_every == 0 or step == config.steps or stop:
+            run.save(step, optimizer)
+        if stop:
+            raise Interrupted(f"stopped after step {step}; the same command with --resume goes on")
+    if run.records("perplexity")[-1]["step"] != step:
+        run.log(_evaluation(model, heldout, config, step), progress)
 
 
 def take_step(model, optimizer, rows: Rows, config: TrainConfig, step: int) -> dict:
@@ -132,93 +176,6 @@ def schedule(config: TrainConfig, step: int) -> float:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, config.steps - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class Optimizer:
-    """AdamW on fp32 masters of the trainable parameters; nothing exists for frozen ones.
-
-    A parameter that is fp32 is its own master. Others hand each gradient to their master as soon
-    as it is complete and drop it, so micro-batches add up in fp32.
-    """
-
-    def __init__(self, model: Llama, config: TrainConfig):
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError("no trainable parameter: every tensor of the model is frozen")
-        self.clip = config.clip
-        self.pairs = {name: (p, self._master(p)) for name, p in trainable.items()}
-        masters = [master for _, master in self.pairs.values()]
-        groups = [
-            {"params": [m for m in masters if m.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=tuple(config.betas), fused=True
-        )
-
-    @staticmethod
-    def _master(parameter):
-        if parameter.dtype == torch.float32:
-            return parameter
-        master = torch.nn.Parameter(parameter.detach().float())
-
-        def collect(p):
-            if master.grad is None:
-                master.grad = p.grad.float()
-            else:
-                master.grad += p.grad
-            p.grad = None
-
-        parameter.register_post_accumulate_grad_hook(collect)
-        return master
-
-    def clip_and_check(self, loss: torch.Tensor, step: int) -> float:
-        """Clip the gradient and return its norm; raises before anything non-finite is applied."""
-        masters = [master for _, master in self.pairs.values()]
-        norm = torch.nn.utils.clip_grad_norm_(masters, self.clip).item()
-        if not (math.isfinite(norm) and math.isfinite(loss.item())):
-            raise FloatingPointError(
-                f"step {step}: loss {loss.item()} and gradient norm {norm}, finite ones expected;"
-                " the step was not taken"
-            )
-        return norm
-
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        self.copy_to_model()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Masters and moments, by parameter name; the step count is the caller's."""
-        return {
-            f"{kind}.{name}": tensor
-            for name, (_, master) in self.pairs.items()
-            for kind, tensor in (
-                ("master", master.detach()),
-                ("exp_avg", self.adamw.state[master]["exp_avg"]),
-                ("exp_avg_sq", self.adamw.state[master]["exp_avg_sq"]),
-            )
-        }
-
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, torch.Tensor], step: int) -> None:
-        for name, (_, master) in self.pairs.items():
-            master.copy_(tensors[f"master.{name}"])
-            self.adamw.state[master] = {
-                "step": torch.tensor(float(step), device=master.device),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(master.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device),
-            }
-        self.copy_to_model()
-
-    @torch.no_grad()
-    def copy_to_model(self) -> None:
-        for parameter, master in self.pairs.values():
-            if parameter is not master:
-                parameter.copy_(master)
 
 
 def freeze(model: Llama, trainable: str) -> None:
@@ -255,6 +212,8 @@ def _evaluation(model: Llama, heldout: dict[str, Rows], config: TrainConfig, ste
         name: perplexity(model, rows, config.eval_tokens)["perplexity"]
         for name, rows in heldout.items()
     }
+    if not all(math.isfinite(value) for value in values.values()):
+        raise FloatingPointError(f"step {step}: held-out perplexity {values}, finite one expected")
     return {"step": step, "perplexity": values}
 
 
@@ -266,6 +225,7 @@ def _ctrl_c():
     def remember(number, frame):
         asked.append(number)
         signal.signal(signal.SIGINT, before)
+        print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -275,17 +235,3 @@ def _ctrl_c():
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _check(config: TrainConfig) -> None:
-    if config.trainable not in ("new_blocks", "all"):
-        raise ValueError(f"trainable must be new_blocks or all, got {config.trainable!r}")
-    counts = ("steps", "batch_size", "accumulation", "seq_len")
-    for name in (*counts, "eval_every", "eval_tokens", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if not config.learning_rate > 0 or not 0 <= config.warmup <= 1:
-        raise ValueError(
-            "learning_rate > 0 and warmup between 0 and 1 expected,"
-            f" got {config.learning_rate} and {config.warmup}"
-        )

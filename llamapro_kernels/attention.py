@@ -6,7 +6,8 @@
 q is (B, T, H, D), k and v (B, S, Hkv, D), H a multiple of Hkv (query head h reads key head
 h // (H / Hkv)); o is (B, T, H, D) in q's dtype, lse (B, H, T) in fp32 (fp64 for fp64), as are the
 sums. When S != T the last query sees the last key. A row that sees nothing gives zeros.
-Saved for backward: q, k, v, o and lse, unless nothing wants a gradient. Bytes moved at least:
+Saved for backward: q, k and lse, and v and o where dq or dk is wanted; nothing when nothing wants
+a gradient. Bytes moved at least:
 q, k, v, o once each; 4 B H T S D FLOPs forward (half when causal), 2.5 times that backward.
 
 The reference below holds a (T, S) block of scores per head; the kernels do not.
@@ -21,7 +22,7 @@ from llamapro_kernels import library
 
 def flash_attention_reference(q, k, v, cu_seqlens, causal, scale, window):
     """Ground truth: o and lse by explicit scores."""
-    qg, kg, vg = _grouped(q, k, v)
+    qg, kg, vg = _query_groups(q, k), _heads_first(k), _heads_first(v)
     scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, scale, window)
     peak = scores.amax(-1, keepdim=True) if k.shape[1] else scores.new_zeros(1)
     peak = peak.clamp(min=torch.finfo(scores.dtype).min)  # a row that sees nothing has -inf
@@ -34,16 +35,18 @@ def flash_attention_reference(q, k, v, cu_seqlens, causal, scale, window):
 def flash_attention_backward_reference(
     do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v
 ):
-    qg, kg, vg = _grouped(q, k, v)
-    dog, og = _grouped(do, k, v)[0], _grouped(o, k, v)[0]
+    """v and o are None when only dv is wanted."""
+    qg, dog = _query_groups(q, k), _query_groups(do, k)
+    kg = _heads_first(k)
     scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, scale, window)
     lse = lse.reshape(*scores.shape[:-1], 1)
     p = scores.sub_(lse.masked_fill(lse == float("-inf"), 0)).exp_()
-    dq, dk, dv = q.new_empty(0), k.new_empty(0), v.new_empty(0)
+    dq, dk, dv = q.new_empty(0), k.new_empty(0), k.new_empty(0)
     if want_v:
-        dv = (p.mT @ dog).transpose(1, 2).to(v.dtype)
+        dv = (p.mT @ dog).transpose(1, 2).to(k.dtype)
     if want_q or want_k:
-        ds = p.mul_((dog @ vg.mT).sub_((dog * og).sum(-1, keepdim=True))).mul_(scale)
+        delta = (dog * _query_groups(o, k)).sum(-1, keepdim=True)
+        ds = p.mul_((dog @ _heads_first(v).mT).sub_(delta)).mul_(scale)
         if want_q:
             dq = _ungrouped(ds @ kg, q)
         if want_k:
@@ -51,17 +54,16 @@ def flash_attention_backward_reference(
     return dq, dk, dv
 
 
-def _grouped(q, k, v):
-    """q as (B, Hkv, G * T, D), k and v as (B, Hkv, S, D): one product per key head, no copies."""
-    dtype = library.compute_dtype(q.dtype)
+def _query_groups(q, k):
+    """(B, T, H, D) as (B, Hkv, G * T, D): one product per key head, without copies of k and v."""
     batch, length, heads, dim = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
     q = q.reshape(batch, length, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
-    return (
-        q.to(dtype).reshape(batch, kv_heads, group * length, dim),
-        k.to(dtype).transpose(1, 2),
-        v.to(dtype).transpose(1, 2),
-    )
+    return q.to(library.compute_dtype(q.dtype)).reshape(batch, kv_heads, group * length, dim)
+
+
+def _heads_first(x):
+    return x.to(library.compute_dtype(x.dtype)).transpose(1, 2)
 
 
 def _ungrouped(x, like):
@@ -100,14 +102,14 @@ def _fake(q, k, v, cu_seqlens, causal, scale, window):
 
 
 def _fake_backward(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v):
-    return tuple(library.empty_if(w, t) for w, t in ((want_q, q), (want_k, k), (want_v, v)))
+    return tuple(library.empty_if(w, t) for w, t in ((want_q, q), (want_k, k), (want_v, k)))
 
 
 flash_attention_op = library.define(
     "flash_attention",
     forward="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale,"
     " int? window) -> (Tensor o, Tensor lse)",
-    backward="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
+    backward="(Tensor do, Tensor q, Tensor k, Tensor? v, Tensor? o, Tensor lse,"
     " Tensor? cu_seqlens, bool causal, float scale, int? window,"
     " bool want_q, bool want_k, bool want_v) -> (Tensor dq, Tensor dk, Tensor dv)",
     fakes={"forward": _fake, "backward": _fake_backward},
@@ -123,6 +125,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
     if any(ctx.needs_input_grad):
+        only_v = not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
+        v, o = (None, None) if only_v else (v, o)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
 
 
@@ -175,7 +179,7 @@ def _check_shapes(q, k, v):
             "q (B, T, H, D) and k, v (B, S, Hkv, D) expected,"
             f" got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % max(1, k.shape[2]):
         raise ValueError(
             "q and k must agree in batch and head dimension, and k's heads divide q's,"
             f" got {tuple(q.shape)} and {tuple(k.shape)}"
@@ -195,3 +199,8 @@ def _check_documents(q, k, cu_seqlens):
             "packed documents need a batch of one and S = T,"
             f" got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # looking at the values would wait for the device
+    cuts = cu_seqlens.tolist()
+    if not cuts or cuts[0] != 0 or cuts[-1] != q.shape[1] or cuts != sorted(cuts):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[1]}, got {cuts}")

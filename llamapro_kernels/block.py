@@ -60,8 +60,9 @@ def decoder_block(
     dim = cos.shape[-1]
     heads = weights.o_proj.shape[1] // dim
     normed = rms_norm(x, weights.attention_norm, eps)
-    qkv = linear(normed, weights.qkv, weights.qkv_bias).view(batch, length, -1, dim)
-    kv_heads = (qkv.shape[2] - heads) // 2
+    qkv = linear(normed, weights.qkv, weights.qkv_bias)
+    kv_heads = (weights.qkv.shape[0] // dim - heads) // 2
+    qkv = qkv.view(batch, length, heads + 2 * kv_heads, dim)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
     q, k = rope(q, k, cos, sin)
     if cache is not None:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "cpp", "reference")  # in order of preference
 
 _namespace = torch.library.Library("llamapro", "DEF")
 _ops: dict[str, "Op"] = {}
-# Process-wide, not a context variable: autograd runs backward in threads of its own.
-_forced: str | None = None
+# Process-wide, not a context variable: autograd runs backward in threads of its own. The last
+# one counts; each `use_backend` takes its own entry away, in whatever order threads leave.
+_forced: list[list[str]] = []
 
 
 class Op:
@@ -34,12 +36,13 @@ class Op:
 
     def backend_for(self, device_type: str, dtype: torch.dtype) -> str:
         """The backend that serves tensors of this device and dtype now."""
-        if _forced is not None:
-            if _forced not in self.implementations:
+        if _forced:
+            (forced,) = _forced[-1]
+            if forced not in self.implementations:
                 raise RuntimeError(
-                    f"{self.name} has no {_forced!r} backend, it has {sorted(self.implementations)}"
+                    f"{self.name} has no {forced!r} backend, it has {sorted(self.implementations)}"
                 )
-            return _forced
+            return forced
         return next(
             b for b in BACKENDS if b in self.implementations and _runs_on(b, device_type, dtype)
         )
@@ -50,7 +53,8 @@ class Op:
         def once(ctx, *grads):
             if torch.is_grad_enabled():
                 raise RuntimeError(
-                    f"{self.name} has no second derivative: backward got create_graph=True"
+                    f"{self.name} has no second derivative, so its gradient cannot be taken with"
+                    " create_graph=True"
                 )
             return backward(ctx, *grads)
 
@@ -62,7 +66,8 @@ class Op:
         def serve(*args):
             tensor = next(a for a in args if isinstance(a, torch.Tensor))
             backend = self.backend_for(tensor.device.type, tensor.dtype)
-            outputs = self.implementations[backend][kind](*args)
+            with torch.autocast(tensor.device.type, enabled=False):  # sums stay in fp32
+                outputs = self.implementations[backend][kind](*args)
             if isinstance(outputs, torch.Tensor):
                 return outputs.contiguous()  # as the fakes promise
             return tuple(t.contiguous() for t in outputs)
@@ -100,14 +105,14 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises ValueError for an unknown backend and RuntimeError, at the first call, for an op that
     lacks it: never another backend silently.
     """
-    global _forced
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    previous, _forced = _forced, backend
+    entry = [backend]
+    _forced.append(entry)
     try:
         yield
     finally:
-        _forced = previous
+        _forced[:] = [other for other in _forced if other is not entry]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -124,7 +129,12 @@ def empty_if(wanted: bool, like: torch.Tensor) -> torch.Tensor:
 
 
 def check_floating(**tensors: torch.Tensor) -> None:
-    """Raise TypeError unless all are floating-point tensors on one device."""
+    """Raise TypeError unless all are floating-point tensors on one device.
+
+    Also RuntimeError in forward-mode differentiation, which would otherwise give silent zeros.
+    """
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("llamapro ops have no forward-mode derivative")
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():

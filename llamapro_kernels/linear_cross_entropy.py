@@ -5,9 +5,10 @@
 
 x is (N, D), weight (V, D), targets (N,) integer; sums in fp32 (fp64 for fp64), losses too.
 Because softmax(z) is at hand while the loss is computed, the forward also computes the gradients
-that will be wanted, for an upstream gradient of one; backward only scales them. The one case
-where that is impossible, the weight's gradient under reduction "none", reads lse in backward and
-computes z again. A frozen head has no (V, D) buffer, a frozen x no (N, D) buffer.
+that will be wanted, of the plain sum; backward only scales them, in fp32, so that neither a large
+loss scale nor 1/N is rounded to the model's dtype. The one case where that is impossible, the
+weight's gradient under reduction "none", reads lse in backward and computes z again. A frozen head
+has no (V, D) buffer, a frozen x no (N, D) buffer.
 
 Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; the fused
 forward is Liger-Kernel's idea (Hsu et al. 2024).
@@ -22,14 +23,13 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def linear_cross_entropy_reference(
-    x, weight, targets, ignore_index, reduction, want_x, want_weight
+    x, weight, targets, ignore_index, per_token, want_x, want_weight
 ):
-    """Ground truth: loss, lse, dx and dweight; both gradients for an upstream gradient of 1."""
+    """Ground truth: losses or their sum, lse, and dx and (fp32) dweight of the sum."""
     dtype = library.compute_dtype(x.dtype)
     valid = targets != ignore_index
     _check_targets(targets, valid, weight.shape[0])
     losses, lse = x.new_empty(len(x), dtype=dtype), x.new_empty(len(x), dtype=dtype)
-    scale = valid.sum().clamp(min=1).to(dtype).reciprocal() if reduction == "mean" else 1.0
     dx = x.new_empty(x.shape if want_x else 0)
     dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
     for rows in _chunks(x, weight):
@@ -41,13 +41,12 @@ def linear_cross_entropy_reference(
         lse[rows] = (peak + total.log())[:, 0]
         losses[rows] = (lse[rows] - score).where(valid[rows], 0.0)
         if want_x or want_weight:
-            dlogits = _dlogits(p.div_(total), target, valid[rows], scale).to(x.dtype)
+            dlogits = _dlogits(p.div_(total), target, valid[rows], 1.0).to(x.dtype)
             if want_x:
                 dx[rows] = dlogits @ weight
             if want_weight:
                 dweight += dlogits.T @ x[rows]
-    loss = losses if reduction == "none" else losses.sum() * scale
-    return loss, lse, dx, dweight.to(weight.dtype)
+    return losses if per_token else losses.sum(), lse, dx, dweight
 
 
 def linear_cross_entropy_backward_reference(dloss, x, weight, targets, lse, ignore_index):
@@ -86,10 +85,11 @@ def _check_targets(targets, valid, vocabulary):
         )
 
 
-def _fake(x, weight, targets, ignore_index, reduction, want_x, want_weight):
+def _fake(x, weight, targets, ignore_index, per_token, want_x, want_weight):
     lse = x.new_empty(x.shape[0], dtype=library.compute_dtype(x.dtype))
-    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
-    return loss, lse, library.empty_if(want_x, x), library.empty_if(want_weight, weight)
+    dweight = library.empty_if(want_weight, weight).to(lse.dtype)
+    loss = lse.new_empty(lse.shape if per_token else ())
+    return loss, lse, library.empty_if(want_x, x), dweight
 
 
 def _fake_backward(dloss, x, weight, targets, lse, ignore_index):
@@ -98,7 +98,7 @@ def _fake_backward(dloss, x, weight, targets, lse, ignore_index):
 
 linear_cross_entropy_op = library.define(
     "linear_cross_entropy",
-    forward="(Tensor x, Tensor weight, Tensor targets, int ignore_index, str reduction,"
+    forward="(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool per_token,"
     " bool want_x, bool want_weight) -> (Tensor loss, Tensor lse, Tensor dx, Tensor dweight)",
     backward="(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor lse,"
     " int ignore_index) -> Tensor",
@@ -112,10 +112,11 @@ linear_cross_entropy_op.register(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, targets, ctx.ignore_index, ctx.reduction, want_x, want_weight = inputs
+    x, weight, targets, ctx.ignore_index, ctx.per_token, want_x, want_weight = inputs
     _, lse, dx, dweight = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, dx, dweight)
+    ctx.dtypes = x.dtype, weight.dtype
     ctx.late_weight = ctx.needs_input_grad[1] and not want_weight
     again = (x, weight, targets, lse) if ctx.late_weight else ()
     ctx.save_for_backward(dx if want_x else None, dweight if want_weight else None, *again)
@@ -126,9 +127,9 @@ def _backward(ctx, dloss, *_):
         return (None,) * 7
     dx, dweight, *again = ctx.saved_tensors
     if dx is not None:
-        dx = dx * (dloss[:, None] if ctx.reduction == "none" else dloss).to(dx.dtype)
+        dx = (dx * (dloss[:, None] if ctx.per_token else dloss.reshape(1, 1))).to(ctx.dtypes[0])
     if dweight is not None:
-        dweight = dweight * dloss.to(dweight.dtype)
+        dweight = (dweight * dloss).to(ctx.dtypes[1])
     if ctx.late_weight:
         dweight = torch.ops.llamapro.linear_cross_entropy_backward(dloss, *again, ctx.ignore_index)
     return dx, dweight, None, None, None, None, None
@@ -166,14 +167,16 @@ def linear_cross_entropy(
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    recording = torch.is_grad_enabled()
+    recording, per_token = torch.is_grad_enabled(), reduction == "none"
     loss = torch.ops.llamapro.linear_cross_entropy(
-        x.reshape(-1, x.shape[-1]),
+        x.flatten(0, -2) if x.dim() > 1 else x[None],
         weight,
         targets.reshape(-1).long(),
         ignore_index,
-        reduction,
+        per_token,
         recording and x.requires_grad,
-        recording and weight.requires_grad and reduction != "none",
+        recording and weight.requires_grad and not per_token,
     )[0]
-    return loss.reshape(targets.shape) if reduction == "none" else loss
+    if per_token:
+        return loss.reshape(targets.shape)
+    return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss

@@ -5,8 +5,8 @@
     dw = sum over rows of dy * xhat
 
 x is (..., N), weight (N,), rstd (..., 1); any floating dtype, sums in fp32 (fp64 for fp64).
-Saved for backward: x (the sum, for add_rms_norm), rstd, and weight where dx is wanted; nothing
-when neither wants a gradient. Bytes moved at least: forward read x, write y; backward read dy
+Saved for backward: x (the sum, for add_rms_norm), rstd, and weight; nothing when nothing wants a
+gradient. Bytes moved at least: forward read x, write y; backward read dy
 and x, write dx. add_rms_norm reads one tensor more and writes the sum; its backward adds the
 sum's own gradient in the same pass.
 
@@ -29,7 +29,8 @@ def rms_norm_backward_reference(dy, x, weight, rstd, want_x, want_weight):
     dyf, xhat = dy.to(rstd.dtype), x.to(rstd.dtype) * rstd
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     if want_weight:
-        dweight = (dyf * xhat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        rows = (dyf * xhat).reshape(xhat.numel() // max(1, x.shape[-1]), x.shape[-1])
+        dweight = rows.sum(0).to(dweight.dtype)
     if want_x:
         dxhat = dyf * weight.to(rstd.dtype)
         mean = (dxhat * xhat).mean(-1, keepdim=True)
@@ -47,7 +48,8 @@ def add_rms_norm_reference(x, residual, weight, eps):
 def add_rms_norm_backward_reference(dy, dtotal, total, weight, rstd, want_total, want_weight):
     """`dy` or `dtotal` is None when nothing downstream used that output."""
     if dy is None:
-        return dtotal.clone() if want_total else total.new_empty(0), torch.zeros_like(weight)
+        dweight = torch.zeros_like(weight) if want_weight else weight.new_empty(0)
+        return dtotal.clone() if want_total else total.new_empty(0), dweight
     dx, dweight = rms_norm_backward_reference(dy, total, weight, rstd, want_total, want_weight)
     return dx + dtotal if want_total and dtotal is not None else dx, dweight
 
@@ -86,7 +88,7 @@ add_rms_norm_op = library.define(
     forward="(Tensor x, Tensor residual, Tensor weight, float eps)"
     " -> (Tensor y, Tensor total, Tensor rstd)",
     backward="(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor rstd,"
-    " bool want_total, bool want_weight) -> (Tensor dtotal_in, Tensor dweight)",
+    " bool want_total, bool want_weight) -> (Tensor dx, Tensor dweight)",
     fakes={"forward": _fake_add, "backward": _fake_add_backward},
 )
 add_rms_norm_op.register(
@@ -95,12 +97,13 @@ add_rms_norm_op.register(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _ = inputs
-    _, rstd = output
+    """For both ops: what is normed is the only input or the second output."""
+    *_, weight, _ = inputs
+    *_, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd)
     if any(ctx.needs_input_grad):
-        ctx.save_for_backward(x, weight, rstd)
+        ctx.save_for_backward(inputs[0] if len(output) == 2 else output[1], weight, rstd)
 
 
 def _backward(ctx, dy, _):
@@ -111,33 +114,24 @@ def _backward(ctx, dy, _):
     return dx if want_x else None, dweight if want_weight else None, None
 
 
-def _setup_context_add(ctx, inputs, output):
-    _, _, weight, _ = inputs
-    _, total, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd)
-    if any(ctx.needs_input_grad):
-        ctx.save_for_backward(total, weight, rstd)
-
-
 def _backward_add(ctx, dy, dtotal, _):
     want_x, want_residual, want_weight, _ = ctx.needs_input_grad
     want_total = want_x or want_residual
     if dy is None and dtotal is None:
         return None, None, None, None
-    din, dweight = torch.ops.llamapro.add_rms_norm_backward(
+    dx, dweight = torch.ops.llamapro.add_rms_norm_backward(
         dy, dtotal, *ctx.saved_tensors, want_total, want_weight
     )
     return (
-        din if want_x else None,
-        din if want_residual else None,
+        dx if want_x else None,
+        dx if want_residual else None,
         dweight if want_weight else None,
         None,
     )
 
 
 rms_norm_op.autograd(_backward, setup_context=_setup_context)
-add_rms_norm_op.autograd(_backward_add, setup_context=_setup_context_add)
+add_rms_norm_op.autograd(_backward_add, setup_context=_setup_context)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -156,16 +150,16 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of x + residual, and the sum itself: ``(normed, x + residual)``.
 
-    x, residual: (..., N) of one dtype, weight: (N,); both results are (..., N) in that dtype.
-    The sum is rounded to that dtype before it is normed, as the two steps apart would do.
-    Raises TypeError for other dtypes, ValueError when the sizes do not match.
+    x, residual: (..., N), weight: (N,); both results are (..., N) in the dtype of x + residual
+    (under autocast they differ). The sum is rounded to that dtype before it is normed, as the two
+    steps apart would do. Raises TypeError for other dtypes, ValueError when the sizes differ.
     """
     _check(x, weight)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"residual must be like x, {tuple(x.shape)} {x.dtype},"
-            f" got {tuple(residual.shape)} {residual.dtype}"
-        )
+    library.check_floating(x=x, residual=residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must be {tuple(x.shape)} like x, got {tuple(residual.shape)}")
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    x, residual = x.to(dtype), residual.to(dtype)
     y, total, _ = torch.ops.llamapro.add_rms_norm(x, residual, weight, eps)
     return y, total
 

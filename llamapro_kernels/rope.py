@@ -23,7 +23,10 @@ def rope_reference(q, k, cos, sin):
 def rope_backward_reference(dq, dk, cos, sin, want_q, want_k):
     """dq or dk is None when nothing downstream used it."""
     grads = ((dq, want_q), (dk, want_k))
-    return tuple(_rotate(g, cos, -sin) if want else cos.new_empty(0) for g, want in grads)
+    return tuple(
+        _rotate(g, cos, -sin) if want else (cos if g is None else g).new_empty(0)
+        for g, want in grads
+    )
 
 
 def _rotate(x, cos, sin):

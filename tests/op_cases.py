@@ -40,10 +40,13 @@ def norm_inputs(*names):
     return make
 
 
+EPS = 0.02  # not the default, and large enough to matter
+
+
 def plain_norm(x, weight):
     dtype = torch.promote_types(x.dtype, torch.float32)
     xf = x.to(dtype)
-    return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight
+    return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
 
 
 def plain_add_norm(x, residual, weight):
@@ -169,9 +172,14 @@ def cross_entropy(reduction, ignored):
 
 
 CASES = {
-    "rms_norm": Case("rms_norm", norm_inputs("x"), lk.rms_norm, plain_norm),
+    "rms_norm": Case(
+        "rms_norm", norm_inputs("x"), lambda x, weight: lk.rms_norm(x, weight, EPS), plain_norm
+    ),
     "add_rms_norm": Case(
-        "add_rms_norm", norm_inputs("x", "residual"), lk.add_rms_norm, plain_add_norm
+        "add_rms_norm",
+        norm_inputs("x", "residual"),
+        lambda x, residual, weight: lk.add_rms_norm(x, residual, weight, EPS),
+        plain_add_norm,
     ),
     "rope": Case("rope", rope_inputs, lk.rope, plain_rope, rope_constants),
     "swiglu": Case(
@@ -186,6 +194,7 @@ CASES = {
     "attention_fewer_keys": attention(attention_inputs(keys=-2)),
     "attention_window": attention(attention_inputs(), window=4),
     "attention_packed": attention(attention_inputs(batch=1), documents),
+    "attention_packed_window": attention(attention_inputs(batch=1), documents, window=3),
     "attention_packed_full": attention(attention_inputs(batch=1), documents, causal=False),
     "cross_entropy_mean": cross_entropy("mean", "some"),
     "cross_entropy_sum": cross_entropy("sum", "some"),

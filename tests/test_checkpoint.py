@@ -149,7 +149,7 @@ def test_a_disk_too_small_is_noticed_before_writing(tiny, tmp_path, monkeypatch)
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(OSError, match="needs") as caught:
-        tiny().save_pretrained(tmp_path / "out")
+        tiny().save_pretrained(tmp_path / "new" / "out")
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +191,23 @@ def test_a_tied_file_with_both_names(tiny, tmp_path):
     path = tiny(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     rewrite(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert "lm_head.weight" not in Checkpoint(path).tensors
-    assert Llama.from_pretrained(path).config.tie_word_embeddings
+    rewrite(path, lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(CheckpointError, match=r"tied, but lm_head\.weight differs"):
+        Llama.from_pretrained(path)
+
+
+def test_a_head_that_came_untied_is_not_lost(tiny, tmp_path):
+    model = tiny(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    with pytest.raises(ValueError, match="another parameter"):
+        model.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text, message", [("[]", "got list"), ("{", "not JSON")])
+def test_a_config_that_is_none(tiny_path, text, message):
+    (tiny_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        Llama.from_pretrained(tiny_path)
 
 
 def test_dtype_is_that_of_most_values(tiny_path):

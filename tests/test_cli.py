@@ -8,7 +8,6 @@ import time
 from dataclasses import asdict
 
 import pytest
-
 from llamapro.report import command, frozen_verdict
 from llamapro.train import TrainConfig
 
@@ -142,6 +141,7 @@ def test_the_whole_way_on_text(run, smollm2, tmp_path):
     """prepare and generate with the real tokenizer."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.py").write_text("x = 1\n" * 50)
+    (tmp_path / "text" / "b.py").write_text("y = 2\n" * 50)
     code, out = run("prepare", tmp_path / "text", "--tokenizer", smollm2, "--out", tmp_path / "d")
     assert code is None and "tokens" in out
     code, out = run("generate", smollm2, "The capital of France is", "--max-new-tokens", 4)

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from llamapro import Llama, LlamaConfig, expand, expansion
 from llamapro.checkpoint import Checkpoint, TensorEntry, write_model
 from llamapro.expansion import IdentityError, Slot, expand_checkpoint, place_blocks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 PLACEMENTS = ["interleaved", "prefix", "suffix", [0, 2, 5]]
 
@@ -85,6 +86,9 @@ def test_every_placement_keeps_the_base_in_order(blocks, data):
         ((4, None, [-1]), r"got \[-1\]"),
         ((4, None, [2, 2]), r"distinct .* got \[2, 2\]"),
         ((4, None, []), r"got \[\]"),
+        ((4, None, [1.5]), r"whole numbers, got \[1\.5\]"),
+        ((4, None, 3), "whole numbers, got 3"),
+        ((4, None, torch.tensor([2, 2])), r"distinct .* got \[2, 2\]"),
         ((4, 3, [1, 2]), "2 positions given for new_blocks = 3"),
     ],
 )
@@ -161,7 +165,11 @@ def test_per_layer_lists_grow_and_others_do_not(tiny):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 def test_expand_on_disk_equals_expand_in_place(tiny, tmp_path, placement, tied, dtype):
-    base = tiny(tie_word_embeddings=tied).to(dtype).save_pretrained(tmp_path / "base")
+    model = tiny(tie_word_embeddings=tied, attention_bias=tied, mlp_bias=not tied).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    base = model.save_pretrained(tmp_path / "base")
     (base / "tokenizer_config.json").write_text("{}")
     (base / "generation_config.json").write_text('{"eos_token_id": 2}')
     positions = expand_checkpoint(base, tmp_path / "out", 3, placement)
@@ -208,6 +216,31 @@ def test_a_failed_proof_removes_the_output(tiny_path, tmp_path, monkeypatch):
     with pytest.raises(IdentityError, match="block 5, a new copy of block 3"):
         expand_checkpoint(tiny_path, tmp_path / "out", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_the_proof_reaches_the_logits(tiny_path, tmp_path, monkeypatch):
+    entries = expansion._expanded_entries
+
+    def other_norm(source, slots):
+        ones = replace(source.tensors["model.norm.weight"], load=lambda: torch.full((32,), 1.5))
+        return [ones if e.name == ones.name else e for e in entries(source, slots)]
+
+    monkeypatch.setattr(expansion, "_expanded_entries", other_norm)
+    with pytest.raises(IdentityError, match="part at the logits"):
+        expand_checkpoint(tiny_path, tmp_path / "out", 2)
+
+
+def test_a_checkpoint_of_two_dtypes(tiny, tmp_path):
+    """Each tensor keeps its own."""
+    path = tiny().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tensors = load_file(path / "model.safetensors")
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        tensors[name] = tensors[name].float()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    expand_checkpoint(path, tmp_path / "out", 2)
+    dtypes = {name: entry.dtype for name, entry in Checkpoint(tmp_path / "out").tensors.items()}
+    assert dtypes["model.norm.weight"] == torch.float32
+    assert dtypes["model.layers.2.mlp.down_proj.weight"] == torch.bfloat16
 
 
 @pytest.mark.parametrize("where", [[9], [1, 1]])

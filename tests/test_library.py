@@ -24,6 +24,18 @@ def test_use_backend_forces_and_restores():
     assert lk.backends() == before
 
 
+def test_a_backend_is_released_after_an_error_and_in_any_order():
+    with pytest.raises(KeyError), lk.use_backend("reference"):
+        raise KeyError
+    first, second = lk.use_backend("cpp"), lk.use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert set(lk.backends().values()) == {"reference"}
+    second.__exit__(None, None, None)
+    assert not library._forced
+
+
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'cuda'"), lk.use_backend("cuda"):
         pass

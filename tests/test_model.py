@@ -115,6 +115,8 @@ def test_unknown_fields_survive(tiny_path):
         ({"model_type": "qwen3"}, "'qwen3'"),
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "positive factor, got None"),
+        ({"rope_parameters": {**LLAMA3, "factor": 0}}, "positive factor, got 0"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
@@ -154,6 +156,41 @@ def test_rows_stop_on_their_own(tiny):
     ends = (out[0, 4:] == stop).nonzero()[0].item() + 4
     assert torch.equal(out[0, : ends + 1], free[0, : ends + 1])
     assert (out[0, ends:] == stop).all()
+
+
+def test_generation_stops_at_the_configs_eos(tiny):
+    free = tiny().generate(torch.tensor([[5, 7]]), 8, stop=())
+    out = tiny(eos_token_id=[60, free[0, 4].item()]).generate(torch.tensor([[5, 7]]), 8)
+    assert torch.equal(out, free[:, : out.shape[1]]) and out.shape[1] <= 5
+
+
+def test_temperature_flattens(tiny):
+    model, tokens = tiny(), torch.full((200, 1), 7)
+    generator = torch.Generator().manual_seed(0)
+    counts = [
+        model.generate(tokens, 1, temperature=t, generator=generator)[:, -1].unique().numel()
+        for t in (1e-4, 1.0, 100.0)
+    ]
+    assert counts[0] == 1 < counts[1] < counts[2] and counts[2] > 45
+
+
+def test_autocast_serves_an_fp32_model(tiny):
+    """As in a trainer with mixed precision: bf16 products on fp32 weights."""
+    model, tokens = tiny(), torch.randint(61, (2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(tokens, tokens)
+    loss.backward()
+    assert abs(loss.item() - model.loss(tokens, tokens).item()) < 2**-7 * loss.item()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_an_empty_batch_has_empty_logits(tiny):
+    assert tiny()(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 61)
+
+
+def test_dtype_of_loading(tiny_path):
+    assert Llama.from_pretrained(tiny_path, dtype=torch.bfloat16).norm.dtype == torch.bfloat16
+    assert Llama.from_pretrained(tiny_path).norm.dtype == torch.float32
 
 
 def test_top_p_samples_only_the_likeliest(tiny):

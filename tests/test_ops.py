@@ -6,10 +6,12 @@ result has to be stored), plus the rounding of the accumulator over the longest 
 of two inputs (terms may cancel, so that the true value is small and the terms are not).
 """
 
+import importlib
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import CASES, SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +40,13 @@ PAIRS = list(served())
 TYPED = [(name, backend, dtype) for name, backend in PAIRS for dtype in dtypes(backend)]
 every_pair = pytest.mark.parametrize("name, backend", PAIRS)
 every_dtype = pytest.mark.parametrize("name, backend, dtype", TYPED, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """So that the loss takes several chunks of these few tokens."""
+    module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 300)
 
 
 @pytest.fixture(autouse=True)
@@ -293,6 +302,88 @@ def test_fullgraph_compile(name, backend):
         assert torch.equal(gradient, expected_gradients[key])
 
 
+KEPT = {
+    ("rms_norm", "x"): {"x", "weight"},
+    ("rms_norm", "weight"): {"x", "weight"},
+    ("rope", "q"): set(),
+    ("swiglu", "gate_up"): {"gate_up"},
+    ("attention", "q"): {"q", "k", "v"},
+    ("attention", "v"): {"q", "k"},
+    ("cross_entropy_mean", "x"): set(),
+    ("cross_entropy_sum", "weight"): set(),
+    ("cross_entropy_none", "x"): set(),
+    ("cross_entropy_none", "weight"): {"x", "weight"},
+}
+
+
+@pytest.mark.parametrize("name, wanted", KEPT)
+def test_saves_only_what_the_wanted_gradient_needs(name, wanted):
+    inputs, constants, grads = draw(name, "typical")
+    inputs, saved = convert(inputs, torch.float32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        run(CASES[name].ours, inputs, move(constants), [g.to(DEVICE) for g in grads], {wanted})
+    kept = {k for k, v in inputs.items() if any(s.data_ptr() == v.data_ptr() for s in saved)}
+    assert kept == KEPT[name, wanted]
+
+
+def test_the_sum_is_normed_as_it_is_stored():
+    x, residual, weight = (torch.randn(4, 64).bfloat16() for _ in range(3))
+    y, total = lk.add_rms_norm(x, residual, weight[0])
+    assert torch.equal(total, x + residual) and torch.equal(y, lk.rms_norm(total, weight[0]))
+
+
+@pytest.mark.parametrize("upstream", [2.0**16, 1 / 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_scales_of_mixed_precision_trainers(dtype, upstream):
+    """A scale beyond fp16's range, and one that bf16 cannot hold, cost no more than plain."""
+    x, weight = torch.randn(64, 32).to(dtype), (torch.randn(50, 32) / 8).to(dtype)
+    targets = torch.randint(50, (64,))
+    grads = []
+    for function, kind in (
+        (lambda x, w: lk.linear_cross_entropy(x, w, targets), dtype),
+        (lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets), dtype),
+        (lambda x, w: F.cross_entropy(F.linear(x, w), targets), torch.float64),
+    ):
+        leaves = [t.detach().to(kind, copy=True).requires_grad_() for t in (x, weight)]
+        (function(*leaves) * upstream).backward()
+        grads.append([leaf.grad.double() for leaf in leaves])
+    for ours, plain, truth in zip(*grads, strict=True):
+        stored = torch.finfo(dtype).eps / 2 * truth.abs().max()
+        assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + stored
+
+
+def test_weights_of_another_dtype():
+    """bf16 activations with an fp32 norm weight or rope table: results in x's dtype."""
+    x, weight = torch.randn(4, 32).bfloat16().requires_grad_(), torch.randn(32, requires_grad=True)
+    y = lk.rms_norm(x, weight)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (x.dtype, x.dtype, torch.float32)
+    q = torch.randn(1, 4, 2, 8).bfloat16()
+    angles = torch.rand(4, 4).repeat(1, 2)
+    exact = lk.rope(q.double(), q.double(), angles.cos().double(), angles.sin().double())[0]
+    rotated = lk.rope(q, q, angles.cos(), angles.sin())[0]
+    assert rotated.dtype == torch.bfloat16
+    assert ((rotated.double() - exact).abs() <= torch.finfo(q.dtype).eps * exact.abs() + 1e-6).all()
+
+
+def test_autocast_does_not_lower_the_sums():
+    q = torch.randn(1, 8, 2, 16)
+    expected = lk.flash_attention(q, q, q)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lk.flash_attention(q, q, q), expected)
+
+
+def test_forward_mode_is_refused():
+    x, weight = torch.ones(2, 3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: lk.rms_norm(x, weight), (x,), (x,))
+
+
+def packed(*cuts):
+    q = torch.ones(1, 4, 2, 8)
+    return lambda: lk.flash_attention(q, q, q, cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+
+
 x23, w3 = torch.ones(2, 3), torch.ones(3)
 q4 = torch.ones(1, 4, 2, 8)
 table = torch.ones(4, 8)
@@ -320,6 +411,9 @@ REFUSED = {
         "int64",
         lambda: lk.flash_attention(q4, q4, q4, cu_seqlens=torch.tensor([0, 4])),
     ),
+    "documents that end early": (ValueError, r"from 0 to T = 4, got \[0, 2\]", packed(0, 2)),
+    "documents that start late": (ValueError, r"got \[1, 4\]", packed(1, 4)),
+    "documents that go back": (ValueError, r"got \[0, 3, 2, 4\]", packed(0, 3, 2, 4)),
     "packed batch": (
         ValueError,
         "batch of one",

@@ -24,6 +24,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_BYTES = 5 * 10**9
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 # Some old files carry these; they follow from the configuration.
 DERIVED = ("rotary_emb.inv_freq",)
 
@@ -57,7 +58,7 @@ class Checkpoint:
         raw = _read_json(self.path / "config.json")
         try:
             self.config = LlamaConfig.from_dict(raw)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path}/config.json: {error}") from None
         self.tensors: dict[str, TensorEntry] = {}
         self._open_file: tuple[Path, object] | None = None
@@ -76,7 +77,7 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(_read_json(index)["weight_map"].values()))
+            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
         elif (self.path / "model.safetensors").exists():
             names = ["model.safetensors"]
         else:
@@ -116,8 +117,8 @@ class Checkpoint:
             ) from None
 
     def _check_layout(self) -> None:
-        if self.config.tie_word_embeddings:  # some files hold the one matrix under both names
-            self.tensors.pop("lm_head.weight", None)
+        if self.config.tie_word_embeddings:
+            self._drop_second_name()
         with torch.device("meta"):
             expected = stock_tensors(Llama(self.config))
         missing = sorted(expected.keys() - self.tensors.keys())
@@ -133,6 +134,16 @@ class Checkpoint:
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 raise CheckpointError(f"{self.path}: {what}: {', '.join(names[:5])}{more}")
+
+    def _drop_second_name(self) -> None:
+        """Some files hold the one tied matrix under both names."""
+        head = self.tensors.pop("lm_head.weight", None)
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        if head and embedding and not torch.equal(head.load(), embedding.load()):
+            raise CheckpointError(
+                f"{self.path}: embeddings are tied, but lm_head.weight differs from"
+                " model.embed_tokens.weight; equal ones expected"
+            )
 
     def _load(self, file: Path, name: str) -> torch.Tensor:
         """One file is open at a time, so that no more than one shard is mapped."""
@@ -177,6 +188,8 @@ def fill(tensors: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
 
 def save(model: Llama, out, *, files_from=None) -> Path:
     """See `Llama.save_pretrained`."""
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.embed_tokens.weight:
+        raise ValueError("embeddings are tied, but lm_head.weight is another parameter: call tie()")
     tensors = {name: tensor.detach() for name, tensor in stock_tensors(model).items()}
     entries = [
         TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
@@ -220,7 +233,7 @@ def companions(directory: Path) -> list[Path]:
     """The tokenizer, chat template and generation files of a model directory."""
     return [
         file
-        for pattern in ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+        for pattern in COMPANIONS
         for file in sorted(directory.glob(pattern))
         if file.name != "config.json" and not file.name.endswith(".index.json")
     ]
@@ -259,14 +272,14 @@ def new_directory(out, *, needs: int = 0) -> Iterator[Path]:
     is writing `out`, all before anything is written.
     """
     out = Path(out).absolute()
-    if out.exists():
+    if os.path.lexists(out):
         raise FileExistsError(f"{out} exists; a new directory was expected, nothing was written")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
     if free < needs:
         raise OSError(
             errno.ENOSPC, f"{out} needs {needs / 1e9:.2f} GB, free are {free / 1e9:.2f} GB"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
     partial.mkdir(exist_ok=True)
     with lock(partial):
@@ -278,9 +291,10 @@ def new_directory(out, *, needs: int = 0) -> Iterator[Path]:
                 sync(file)
             sync(partial)
             os.rename(partial, out)
-            sync(out.parent)
-        finally:
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync(out.parent)
 
 
 @contextmanager
@@ -364,9 +378,7 @@ def _resolve(path) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        )
+        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", *COMPANIONS]))
     except Exception as error:
         raise CheckpointError(
             f"{path}: neither a directory here nor a model that the Hub gave: {error}"
@@ -377,9 +389,12 @@ def _read_json(path: Path) -> dict:
     if not path.exists():
         raise CheckpointError(f"{path.parent}: not a Hugging Face model, it has no {path.name}")
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object expected, got {type(value).__name__}")
+    return value
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ computes what the base computes until it is trained. Source: Wu et al. 2024, "LL
 
 import copy
 import logging
+import operator
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def place_blocks(
     Raises ValueError for counts and positions that do not fit.
     """
     if not isinstance(placement, str):
-        return _place_at(blocks, new_blocks, list(placement))
+        return _place_at(blocks, new_blocks, placement)
     if placement not in PLACEMENTS:
         raise ValueError(f"placement must be one of {PLACEMENTS} or positions, got {placement!r}")
     if not new_blocks or new_blocks < 1 or new_blocks > blocks:
@@ -90,7 +91,11 @@ def _interleave(base: list[Slot], new_blocks: int, per_group: int) -> list[Slot]
     return slots
 
 
-def _place_at(blocks: int, new_blocks: int | None, positions: list[int]) -> list[Slot]:
+def _place_at(blocks: int, new_blocks: int | None, placement) -> list[Slot]:
+    try:
+        positions = [operator.index(position) for position in placement]
+    except TypeError:
+        raise ValueError(f"placement must be a name or whole numbers, got {placement!r}") from None
     total = blocks + len(positions)
     wrong = [p for p in positions if not 0 <= p < total]
     if not positions or wrong or len(set(positions)) < len(positions):
@@ -178,7 +183,7 @@ def expand_checkpoint(
     """
     source = Checkpoint(base)
     slots = place_blocks(source.config.num_hidden_layers, new_blocks, placement, per_group)
-    config = expanded_config(source.config, slots, Path(base).name, keep_new)
+    config = expanded_config(source.config, slots, Path(base).resolve().name, keep_new)
     entries = _expanded_entries(source, slots)
     largest = max(file.stat().st_size for file in source.path.glob("*.safetensors"))
     with checkpoint.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
@@ -217,16 +222,16 @@ def prove_identity(base: Checkpoint, expanded: Checkpoint, slots: list[Slot]) ->
 
     Both run at once, a block of each in memory, so the first place where they part is known.
     """
-    tokens = _proof_tokens(base)
+    tokens, dtype = _proof_tokens(base), base.dtype
     cos, sin = rope_table(base.config, 0, tokens.shape[1])
     embedding = "model.embed_tokens.weight"
-    x = base.tensors[embedding].load()[tokens]
-    y = expanded.tensors[embedding].load()[tokens]
+    x = base.tensors[embedding].load()[tokens].to(dtype)
+    y = expanded.tensors[embedding].load()[tokens].to(dtype)
     _compare(x, y, "the embeddings")
     for i, slot in enumerate(slots):
-        y = checkpoint.load_block(expanded, i, y.dtype)(y, cos, sin)
+        y = checkpoint.load_block(expanded, i, dtype)(y, cos, sin)
         if not slot.new:
-            x = checkpoint.load_block(base, slot.source, x.dtype)(x, cos, sin)
+            x = checkpoint.load_block(base, slot.source, dtype)(x, cos, sin)
         kind = "a new copy of" if slot.new else "the base's"
         _compare(x, y, f"block {i}, {kind} block {slot.source}")
     logits = [_logits(side, state) for side, state in ((base, x), (expanded, y))]
@@ -239,6 +244,7 @@ def _logits(side: Checkpoint, x: torch.Tensor) -> torch.Tensor:
     tied = side.config.tie_word_embeddings
     head = side.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"].load()
     norm = side.tensors["model.norm.weight"].load()
+    head, norm = head.to(x.dtype), norm.to(x.dtype)
     return torch.nn.functional.linear(lk.rms_norm(x, norm, side.config.rms_norm_eps), head)
 
 

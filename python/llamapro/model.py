@@ -9,7 +9,17 @@ from torch import nn
 
 import llamapro_kernels as lk
 
-ROPE_TYPES = ("default", "linear", "llama3")
+# The rotary embeddings served here, and the settings that each needs.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 # Settings of config.json that would change the mathematics, and the only value served here.
 FIXED_SETTINGS = {
     "hidden_act": "silu",
@@ -58,15 +68,23 @@ class LlamaConfig:
                 f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads},"
                 f" got {self.num_key_value_heads}"
             )
-        rope_type = (self.rope_scaling or {}).get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope type must be one of {ROPE_TYPES}, got {rope_type!r}")
+        self._check_rope()
         new = self.new_blocks
         if any(not 0 <= i < self.num_hidden_layers for i in new) or len(set(new)) < len(new):
             raise ValueError(
                 f"llama_pro.new_blocks must be distinct positions below num_hidden_layers ="
                 f" {self.num_hidden_layers}, got {new}"
             )
+
+    def _check_rope(self):
+        scaling = self.rope_scaling or {}
+        rope_type = scaling.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope type must be one of {tuple(ROPE_TYPES)}, got {rope_type!r}")
+        for name in ROPE_TYPES[rope_type]:
+            value = scaling.get(name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{rope_type} rope needs a positive {name}, got {value!r}")
 
     @property
     def new_blocks(self) -> list[int]:
@@ -87,10 +105,13 @@ class LlamaConfig:
         if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
             raise ValueError(f"layer_types must be full_attention, got {raw['layer_types']}")
         raw = dict(raw)
-        rope = dict(raw.pop("rope_parameters", None) or raw.pop("rope_scaling", None) or {})
-        raw.pop("rope_scaling", None)
-        if rope.setdefault("rope_type", rope.pop("type", "default")) is None:
-            rope["rope_type"] = "default"
+        # Transformers 5 writes rope_parameters, 4 wrote rope_scaling and rope_theta.
+        rope = {**(raw.pop("rope_parameters", None) or {}), **(raw.pop("rope_scaling", None) or {})}
+        old_name = rope.pop("type", None)
+        rope["rope_type"] = rope.get("rope_type") or old_name or "default"
+        if rope["rope_type"] == "llama3":
+            trained = raw.get("max_position_embeddings")
+            rope.setdefault("original_max_position_embeddings", trained)
         raw["rope_theta"] = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
         raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         known = {f.name for f in fields(cls)} - {"other"}
@@ -252,14 +273,16 @@ class Llama(nn.Module):
         `top_p` of the probability. stop: ids that end a row (default: the config's eos); the row
         is filled with its stop id until all rows have ended.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
+        if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
             raise ValueError(
-                f"temperature >= 0 and 0 < top_p <= 1 expected, got {temperature} and {top_p}"
+                "temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 0 expected,"
+                f" got {temperature}, {top_p} and {max_new_tokens}"
             )
-        if not tokens.shape[1]:
-            raise ValueError("at least one token to continue expected, got none")
+        if tokens.dim() != 2 or not tokens.shape[1]:
+            raise ValueError(f"tokens (B, T) with T >= 1 expected, got {tuple(tokens.shape)}")
         eos = self.config.eos_token_id if stop is None else stop
-        stop = torch.tensor([] if eos is None else eos, device=tokens.device).reshape(-1)
+        ids = [eos] if isinstance(eos, int) else list(eos or ())
+        stop = torch.tensor(ids, dtype=torch.long, device=tokens.device)
         cache = KVCache(self, tokens.shape[0], tokens.shape[1] + max_new_tokens)
         ended = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
         step = tokens
@@ -274,7 +297,9 @@ class Llama(nn.Module):
         return tokens
 
     def _check_tokens(self, tokens):
-        """Only where it costs no wait for the device."""
+        """The values only where that costs no wait for the device."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be (B, T), got {tuple(tokens.shape)}")
         if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
             return
         low, high = tokens.min().item(), tokens.max().item()

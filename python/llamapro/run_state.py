@@ -126,8 +126,6 @@ def open_run(config, frozen: str, *, resume: bool) -> Iterator[Run]:
     path = Path(config.out)
     if resume:
         _check_settings(path, config)
-    elif path.exists():
-        raise FileExistsError(f"{path} exists: resume it, or name a new run directory")
     else:
         with checkpoint.new_directory(path) as directory:
             checkpoint.write_json(directory / "config.json", asdict(config))

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -105,6 +106,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     FloatingPointError for a loss, gradient or perplexity that is not finite, before it can reach
     a checkpoint, and Interrupted after Ctrl-C.
     """
+    if not resume and Path(config.out).exists():
+        raise FileExistsError(f"{config.out} exists: resume it, or name a new run directory")
     device = pick_device(config.device)
     if config.dtype == "auto":
         started = run_state.settings(config.out)["dtype"] if resume else pick_dtype(device)
@@ -149,8 +152,11 @@ def _run_steps(run, model, optimizer, rows, heldout, step, progress, stop) -> No
 
 
 def take_step(model, optimizer, rows: Rows, config: TrainConfig, step: int) -> dict:
-    """One optimizer step; the loss is the sum over valid targets of all micro-batches by their
-    number, so accumulating gives the gradient of one large batch."""
+    """One optimizer step on the rows that are due.
+
+    The loss is the sum over the valid targets of all micro-batches by their number, so that
+    accumulation gives the gradient of one large batch.
+    """
     device = model.embed_tokens.weight.device
     count = config.batch_size * config.accumulation
     tokens, targets = rows.batch(step * count, count)

@@ -31,7 +31,7 @@ EVAL_TOKENS = {"run": 4096, "sweep": 8192, "report": 12288}  # of each of the tw
 SEPARATOR = "<|endoftext|>"
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
 SWEEP = Path(__file__).with_name("demo_sweep.json")
-SWEPT = {"new_blocks": (5e-4, 1e-3, 2e-3), "all": (2e-5, 5e-5, 1e-4)}
+SWEPT = {"new_blocks": (5e-4, 1e-3, 2e-3), "all": (2e-5, 5e-5, 1e-4, 2e-4)}
 
 
 @dataclass

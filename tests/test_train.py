@@ -242,7 +242,7 @@ def run_in_child(config, resume):
 
 def test_killed_at_random_moments(config, tmp_path):
     """Twenty kills: each leaves a checkpoint that loads, and the end is as if there were none."""
-    config = replace(config, steps=150, checkpoint_every=1, eval_every=1000)
+    config = replace(config, steps=400, checkpoint_every=1, eval_every=1000)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     train(replace(config, out=str(tmp_path / "calm")))
@@ -259,7 +259,7 @@ def test_killed_at_random_moments(config, tmp_path):
             time.sleep(0.002)
         while not kill and not (tmp_path / "run").exists():
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.04))  # the first falls before or into the first checkpoint
+        time.sleep(chance.uniform(0, 0.02))  # the first falls before or into the first checkpoint
         child.kill()
         child.join()
         if not run_state.checkpoints(config.out):
@@ -269,7 +269,7 @@ def test_killed_at_random_moments(config, tmp_path):
         state = json.loads((newest / "state.json").read_text())
         assert newest.name == f"step-{state['step']:08d}"
         assert all(t.isfinite().all() for t in load_file(newest / "state.safetensors").values())
-    assert 19 <= newest_step(config) < 150, "the kills fell into the run"
+    assert 19 <= newest_step(config) < 400, "the kills fell into the run"
     torch.set_num_threads(1)
     train(config, resume=True)
     torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from llamapro.checkpoint import write_json
 from llamapro.cli import said_in_one_line
 from llamapro.data import prepare
 from llamapro.expansion import expand_checkpoint
-from llamapro.hardware import pick_device
+from llamapro.hardware import pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.report import command, report
 from llamapro.train import freeze
@@ -27,7 +27,7 @@ from llamapro.train import freeze
 NEW_BLOCKS = 6
 SEQ_LEN = 512
 BATCH_SIZE = 2
-EVAL_TOKENS = {"run": 4096, "sweep": 8192, "report": 12288}  # of each of the two held-out sets
+EVAL_TOKENS = {"run": 4096, "sweep": 8192, "report": 8192}  # of each of the two held-out sets
 SEPARATOR = "<|endoftext|>"
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
 SWEEP = Path(__file__).with_name("demo_sweep.json")
@@ -125,19 +125,18 @@ def _standard_library() -> list[Path]:
 
 
 def _plan(config: DemoConfig, models: dict[str, Path]) -> dict:
-    """Device, dtype and time, from one measured step of each run in each dtype; kept in `out`."""
+    """Device, dtype and time, from one measured step of each run; kept in `out`."""
     file = config.out / "plan.json"
     if file.exists():
         return json.loads(file.read_text())
     device = pick_device()
-    dtypes = ["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
+    dtype = pick_dtype(device)
     print("timing a step ...", flush=True)
-    costs = {dtype: [_timed(m, t, dtype, device) for t, m in models.items()] for dtype in dtypes}
-    dtype = min(costs, key=lambda d: sum(step for step, _ in costs[d]))
+    steps, forwards = zip(*(_timed(m, t, dtype, device) for t, m in models.items()), strict=True)
     # Two runs measure before, at the half and after; the report measures three models.
     evaluated = 2 * (2 * 3 * EVAL_TOKENS["run"] + 3 * EVAL_TOKENS["report"])
-    forward = sum(forward for _, forward in costs[dtype]) / 2 / (BATCH_SIZE * SEQ_LEN)
-    seconds = config.steps * sum(step for step, _ in costs[dtype]) + evaluated * forward
+    per_token = sum(forwards) / 2 / (BATCH_SIZE * SEQ_LEN)
+    seconds = config.steps * sum(steps) + evaluated * per_token
     plan = {"device": str(device), "dtype": dtype, "minutes": seconds / 60 + 1}
     write_json(file, plan)
     return plan

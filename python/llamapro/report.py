@@ -121,7 +121,8 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
         "```",
         *(shlex.join(command(run["config"])) for run in runs),
         shlex.join(["llamapro", "report", *map(str, places), "--out", "OUT"])
-        + f" --max-tokens {max_tokens} --prompt {shlex.quote(prompt)}",
+        + f" --max-tokens {max_tokens}"
+        + ("" if prompt == PROMPT else f" --prompt {shlex.quote(prompt)}"),
         "```",
         "",
         f"## Greedy continuation of `{prompt.strip()}`",

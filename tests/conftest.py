@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from llamapro import Llama, LlamaConfig
-from llamapro.checkpoint import write_json
+from llamapro.storage import write_json
 
 TINY = {
     "vocab_size": 61,

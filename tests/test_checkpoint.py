@@ -11,7 +11,6 @@ from llamapro.checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorEntry,
-    new_directory,
     stock_tensors,
     write_safetensors,
 )
@@ -164,26 +163,6 @@ def test_a_write_that_fails_leaves_nothing(tiny, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    stale = tmp_path / ".out.partial"
-    stale.mkdir()
-    (stale / "half").write_text("x")
-    with new_directory(tmp_path / "out") as directory:
-        (directory / "file").write_text("x")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
-
-
-def test_two_processes_do_not_write_one_directory(tmp_path):
-    with (
-        new_directory(tmp_path / "out") as directory,
-        pytest.raises(BlockingIOError, match="another process"),
-        new_directory(tmp_path / "out"),
-    ):
-        pass
-    assert directory == tmp_path / ".out.partial" and (tmp_path / "out").exists()
 
 
 def test_a_tied_file_with_both_names(tiny, tmp_path):

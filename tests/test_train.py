@@ -10,9 +10,10 @@ import pytest
 import torch
 from llamapro import Llama, expand, run_state
 from llamapro import train as module
-from llamapro.checkpoint import Checkpoint, CheckpointError, lock
+from llamapro.checkpoint import Checkpoint, CheckpointError
 from llamapro.data import DataError, Rows
 from llamapro.optimizer import Optimizer
+from llamapro.storage import lock
 from llamapro.train import Interrupted, TrainConfig, schedule, take_step, train
 from safetensors.torch import load_file, save_file
 

@@ -9,7 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamapro.checkpoint import new_directory
+from llamapro.storage import new_directory
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llamapro.checkpoint import new_directory
+from llamapro.storage import new_directory
 
 
 class DataError(ValueError):

@@ -15,13 +15,13 @@ import torch
 import tyro
 
 from llamapro import assets
-from llamapro.checkpoint import write_json
 from llamapro.cli import said_in_one_line
 from llamapro.data import prepare
 from llamapro.expansion import expand_checkpoint
 from llamapro.hardware import pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.report import command, report
+from llamapro.storage import write_json
 from llamapro.train import freeze
 
 NEW_BLOCKS = 6

@@ -17,6 +17,7 @@ import llamapro_kernels as lk
 from llamapro import checkpoint
 from llamapro.checkpoint import Checkpoint, TensorEntry
 from llamapro.model import Llama, LlamaConfig, rope_table
+from llamapro.storage import new_directory
 
 log = logging.getLogger("llamapro")
 
@@ -186,7 +187,7 @@ def expand_checkpoint(
     config = expanded_config(source.config, slots, Path(base).resolve().name, keep_new)
     entries = _expanded_entries(source, slots)
     largest = max(file.stat().st_size for file in source.path.glob("*.safetensors"))
-    with checkpoint.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
+    with new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
         checkpoint.write_model(
             directory, config, entries, files_from=source.path, max_shard_bytes=largest
         )

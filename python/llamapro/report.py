@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from llamapro.checkpoint import Checkpoint, new_directory
+from llamapro.checkpoint import Checkpoint
 from llamapro.data import Rows, load_tokenizer, load_tokens
 from llamapro.evaluate import perplexity
 from llamapro.hardware import pick_device
 from llamapro.model import Llama
+from llamapro.storage import new_directory
 from llamapro.train import TrainConfig
 
 NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"}

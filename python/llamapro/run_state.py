@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from llamapro import checkpoint
+from llamapro import checkpoint, storage
 from llamapro.checkpoint import Checkpoint, CheckpointError, TensorEntry
 
 KEPT = 2
@@ -48,16 +48,16 @@ class Run:
 
     def save(self, step: int, optimizer) -> None:
         """Write a checkpoint, whole or not at all, then drop all but the newest two."""
-        checkpoint.sync(self.metrics)
+        storage.sync(self.metrics)
         tensors = optimizer.state()
         entries = [
             TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
             for name, tensor in tensors.items()
         ]
         out = self.path / "checkpoints" / f"step-{step:08d}"
-        with checkpoint.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
+        with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
             state = {"step": step, "frozen": self.frozen, "random": _random_state()}
-            checkpoint.write_json(directory / "state.json", state)
+            storage.write_json(directory / "state.json", state)
             checkpoint.write_safetensors(directory / "state.safetensors", entries)
         for old in checkpoints(self.path)[:-KEPT]:
             shutil.rmtree(old)
@@ -103,7 +103,7 @@ class Run:
             "perplexity_before": evaluations[0]["perplexity"],
             "perplexity_after": evaluations[-1]["perplexity"],
         }
-        checkpoint.write_json(self.path / "summary.json", summary)
+        storage.write_json(self.path / "summary.json", summary)
         return summary
 
     def _forget_after(self, step: int, keep_evaluation: bool) -> None:
@@ -127,9 +127,9 @@ def open_run(config, frozen: str, *, resume: bool) -> Iterator[Run]:
     if resume:
         _check_settings(path, config)
     else:
-        with checkpoint.new_directory(path) as directory:
-            checkpoint.write_json(directory / "config.json", asdict(config))
-    with checkpoint.lock(path):
+        with storage.new_directory(path) as directory:
+            storage.write_json(directory / "config.json", asdict(config))
+    with storage.lock(path):
         for partial in (path / "checkpoints").glob(".*.partial"):
             shutil.rmtree(partial)
         yield Run(config, frozen)
@@ -191,7 +191,7 @@ def save_trained(model, base: Checkpoint, out: Path) -> None:
         else e
         for e in base.tensors.values()
     ]
-    with checkpoint.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
+    with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
         checkpoint.write_model(directory, model.config, entries, files_from=base.path)
 
 

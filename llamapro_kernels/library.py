@@ -3,14 +3,27 @@
 An op file calls `define` once for the schema and `Op.register` once for each backend that can
 serve it. Callers see one ``torch.ops.llamapro.<name>`` whatever runs underneath, so adding a
 backend never touches a caller.
+
+Triton is optional: without it the kernels stay plain functions that nothing calls. An op file says
+``from __future__ import annotations``, so that ``tl.constexpr`` in a signature needs no Triton.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.autograd import forward_ad
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+# Triton looks when a kernel is defined, so changing the variable after the import does nothing.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 BACKENDS = ("triton", "cpp", "reference")  # in order of preference
 
@@ -115,6 +128,43 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced[:] = [other for other in _forced if other is not entry]
 
 
+def jit(function: Callable) -> Callable:
+    """``triton.jit`` where there is Triton."""
+    return function if triton is None else triton.jit(function)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Launch a Triton kernel on the device of its first tensor; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
+        kernel[grid](*args, enable_fp_fusion=True, **options)  # off by default from Triton 3.10 on
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of a GPU; a few for the interpreter."""
+    if INTERPRETED:
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """What the tile rules call this GPU; other ones are served by the smallest of the tiles."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get((major, minor), "sm_86")
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., N) as (rows, N): a view wherever strides allow one."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are accumulated in: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -151,5 +201,7 @@ def _runs_on(backend: str, device_type: str, dtype: torch.dtype) -> bool:
     if dtype == torch.float64:  # kernels accumulate in fp32; only the reference keeps fp64
         return False
     if backend == "triton":
-        return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        # The interpreter's bf16 is wrong: its dot reads the bits as integers, its add gives NaN.
+        interpretable = INTERPRETED and dtype != torch.bfloat16
+        return triton is not None and (device_type == "cuda" or interpretable)
     return device_type == "cpu"

@@ -13,9 +13,12 @@ sum's own gradient in the same pass.
 Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 """
 
+from __future__ import annotations
+
 import torch
 
 from llamapro_kernels import library
+from llamapro_kernels.library import tl, triton
 
 
 def rms_norm_reference(x, weight, eps):
@@ -25,13 +28,13 @@ def rms_norm_reference(x, weight, eps):
     return (xf * rstd * weight.to(xf.dtype)).to(x.dtype), rstd
 
 
-def rms_norm_backward_reference(dy, x, weight, rstd, want_x, want_weight):
+def rms_norm_backward_reference(dy, x, weight, rstd, dweight_dtype):
+    """`weight` is None when dx is not wanted, `dweight_dtype` when dweight is not."""
     dyf, xhat = dy.to(rstd.dtype), x.to(rstd.dtype) * rstd
-    dx, dweight = x.new_empty(0), weight.new_empty(0)
-    if want_weight:
-        rows = (dyf * xhat).reshape(xhat.numel() // max(1, x.shape[-1]), x.shape[-1])
-        dweight = rows.sum(0).to(dweight.dtype)
-    if want_x:
+    dx, dweight = x.new_empty(0), x.new_empty(0)
+    if dweight_dtype is not None:
+        dweight = library.as_rows(dyf * xhat).sum(0).to(dweight_dtype)
+    if weight is not None:
         dxhat = dyf * weight.to(rstd.dtype)
         mean = (dxhat * xhat).mean(-1, keepdim=True)
         dx = (rstd * (dxhat - xhat * mean)).to(x.dtype)
@@ -45,30 +48,228 @@ def add_rms_norm_reference(x, residual, weight, eps):
     return y, total, rstd
 
 
-def add_rms_norm_backward_reference(dy, dtotal, total, weight, rstd, want_total, want_weight):
-    """`dy` or `dtotal` is None when nothing downstream used that output."""
-    if dy is None:
-        dweight = torch.zeros_like(weight) if want_weight else weight.new_empty(0)
-        return dtotal.clone() if want_total else total.new_empty(0), dweight
-    dx, dweight = rms_norm_backward_reference(dy, total, weight, rstd, want_total, want_weight)
-    return dx + dtotal if want_total and dtotal is not None else dx, dweight
+def add_rms_norm_backward_reference(dy, dtotal, total, weight, rstd, dweight_dtype):
+    """`dtotal` is None when nothing downstream used the sum."""
+    dx, dweight = rms_norm_backward_reference(dy, total, weight, rstd, dweight_dtype)
+    return dx if weight is None or dtotal is None else dx + dtotal, dweight
+
+
+ONE_PASS_WIDTH = 16384  # wider rows do not fit in the registers of a program
+
+
+@library.jit
+def rms_norm_forward_kernel(
+    x, residual, weight, y, total, rstd, rows, width, eps,
+    x_row, x_col, residual_row, residual_col, weight_col,
+    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows; ADD norms x + residual and stores that sum in total."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < width)
+    value = _load(x + row * x_row + column * x_col, mask)
+    if ADD:
+        value += _load(residual + row * residual_row + column * residual_col, mask)
+        value = value.to(total.dtype.element_ty).to(tl.float32)
+        tl.store(total + row * width + column, value, mask=mask)
+    scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / width + eps)
+    w = _load(weight + column * weight_col, column < width)
+    tl.store(y + row * width + column, value * scale * w, mask=mask)
+    tl.store(rstd + row, scale, mask=row < rows)
+
+
+@library.jit
+def rms_norm_forward_wide_kernel(
+    x, residual, weight, y, total, rstd, rows, width, eps,
+    x_row, x_col, residual_row, residual_col, weight_col,
+    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row (ROWS is 1) in two loops; the second finds most of it in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = _load(x + row * x_row + column * x_col, column < width)
+        if ADD:
+            value += _load(residual + row * residual_row + column * residual_col, column < width)
+            value = value.to(total.dtype.element_ty).to(tl.float32)
+            tl.store(total + row * width + column, value, mask=column < width)
+        squares += value * value
+    scale = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = _load(x + row * x_row + column * x_col, column < width)
+        if ADD:
+            value += _load(residual + row * residual_row + column * residual_col, column < width)
+            value = value.to(total.dtype.element_ty).to(tl.float32)
+        w = _load(weight + column * weight_col, column < width)
+        tl.store(y + row * width + column, value * scale * w, mask=column < width)
+    tl.store(rstd + row, scale)
+
+
+@library.jit
+def rms_norm_backward_kernel(
+    dy, dtotal, x, weight, rstd, dx, partial, rows, width, rows_per_program,
+    dy_row, dy_col, dtotal_row, dtotal_col, x_row, x_col, weight_col,
+    ADD: tl.constexpr, WANT_X: tl.constexpr, WANT_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """rows_per_program rows, ROWS whole ones at a time.
+
+    ADD adds dtotal to dx. WANT_WEIGHT stores these rows' part of dweight in partial[program].
+    """
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    column = tl.arange(0, BLOCK)[None, :]
+    if WANT_X:
+        w = _load(weight + column * weight_col, column < width)
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    for top in range(first, last, ROWS):
+        row = top + tl.arange(0, ROWS)[:, None]
+        mask = (row < last) & (column < width)
+        scale = tl.load(rstd + row, mask=row < last, other=0)
+        xhat = _load(x + row * x_row + column * x_col, mask) * scale
+        g = _load(dy + row * dy_row + column * dy_col, mask)
+        if WANT_WEIGHT:
+            dweight += g * xhat
+        if WANT_X:
+            g *= w
+            mean = tl.sum(g * xhat, 1, keep_dims=True) / width
+            grad = scale * (g - xhat * mean)
+            if ADD:
+                grad += _load(dtotal + row * dtotal_row + column * dtotal_col, mask)
+            tl.store(dx + row * width + column, grad, mask=mask)
+    if WANT_WEIGHT:
+        partial += tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
+        tl.store(partial, tl.sum(dweight, 0), mask=tl.arange(0, BLOCK) < width)
+
+
+@library.jit
+def rms_norm_backward_wide_kernel(
+    dy, dtotal, x, weight, rstd, dx, partial, rows, width, rows_per_program,
+    dy_row, dy_col, dtotal_row, dtotal_col, x_row, x_col, weight_col,
+    ADD: tl.constexpr, WANT_X: tl.constexpr, WANT_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As above, one row at a time in two loops; dweight grows in partial[program] itself."""
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    for row in range(first, last):
+        scale = tl.load(rstd + row)
+        dots = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            xhat = _load(x + row * x_row + column * x_col, column < width) * scale
+            g = _load(dy + row * dy_row + column * dy_col, column < width)
+            if WANT_X:
+                dots += g * xhat * _load(weight + column * weight_col, column < width)
+            if WANT_WEIGHT:
+                share = partial + tl.program_id(0).to(tl.int64) * width + column
+                before = tl.load(share, mask=(column < width) & (row > first), other=0)
+                tl.store(share, before + g * xhat, mask=column < width)
+        if WANT_X:
+            mean = tl.sum(dots, 0) / width
+            for start in range(0, width, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                xhat = _load(x + row * x_row + column * x_col, column < width) * scale
+                g = _load(dy + row * dy_row + column * dy_col, column < width)
+                g *= _load(weight + column * weight_col, column < width)
+                grad = scale * (g - xhat * mean)
+                if ADD:
+                    at = dtotal + row * dtotal_row + column * dtotal_col
+                    grad += _load(at, column < width)
+                tl.store(dx + row * width + column, grad, mask=column < width)
+        tl.debug_barrier()  # the next row reads the share that this one wrote
+
+
+@library.jit
+def _load(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0).to(tl.float32)
+
+
+def rms_norm_forward(x, weight, eps):
+    y, _, rstd = _forward(x, None, weight, eps)
+    return y, rstd
+
+
+def add_rms_norm_forward(x, residual, weight, eps):
+    return _forward(x, residual, weight, eps)
+
+
+def _forward(x, residual, weight, eps):
+    y, total, rstd = _fake_add(x, residual, weight, eps)
+    add = residual is not None
+    x, residual = library.as_rows(x), library.as_rows(residual) if add else None
+    kernel, tile = _tile(x.shape[1], rms_norm_forward_kernel, rms_norm_forward_wide_kernel)
+    library.launch(
+        kernel,
+        (triton.cdiv(len(x), tile["ROWS"]),),
+        *(x, residual, weight, y, total, rstd, *x.shape, eps),
+        *(*_strides(x), *_strides(residual), weight.stride(0)),
+        ADD=add,
+        **tile,
+    )
+    return y, total, rstd
+
+
+def rms_norm_backward(dy, x, weight, rstd, dweight_dtype):
+    return add_rms_norm_backward(dy, None, x, weight, rstd, dweight_dtype)
+
+
+def add_rms_norm_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
+    dx, _ = _fake_backward(dy, total, weight, rstd, None)
+    want_x, want_weight = weight is not None, dweight_dtype is not None
+    add = want_x and dtotal is not None
+    dy, x, dtotal = (library.as_rows(t) for t in (dy, total, dtotal if add else dy))
+    rows, width = x.shape
+    kernel, tile = _tile(width, rms_norm_backward_kernel, rms_norm_backward_wide_kernel)
+    share, partial = tile["ROWS"], None
+    if want_weight:  # a few programs a processor, so that partial stays small
+        share = max(share, triton.cdiv(rows, 2 * library.processors(x.device)))
+        partial = x.new_empty((triton.cdiv(rows, share), width), dtype=torch.float32)
+    library.launch(
+        kernel,
+        (triton.cdiv(rows, share),),
+        *(dy, dtotal, x, weight, rstd, dx, partial, rows, width, share),
+        *(*_strides(dy), *_strides(dtotal), *_strides(x), weight.stride(0) if want_x else 0),
+        ADD=add,
+        WANT_X=want_x,
+        WANT_WEIGHT=want_weight,
+        **tile,
+    )
+    return dx, partial.sum(0).to(dweight_dtype) if want_weight else x.new_empty(0)
+
+
+def _tile(width, kernel, wide_kernel):
+    """The kernel for this width, and its tile: 16 elements a thread hide the memory's latency."""
+    if width > ONE_PASS_WIDTH:
+        return wide_kernel, {"ROWS": 1, "BLOCK": 4096, "num_warps": 8}
+    block = triton.next_power_of_2(width)
+    rows = max(1, 2048 // block)
+    return kernel, {"ROWS": rows, "BLOCK": block, "num_warps": min(16, rows * block // 512)}
+
+
+def _strides(x):
+    return (0, 0) if x is None else x.stride()
 
 
 def _fake(x, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format), _rstd_like(x)
 
 
-def _fake_backward(dy, x, weight, rstd, want_x, want_weight):
-    return library.empty_if(want_x, x), library.empty_if(want_weight, weight)
+def _fake_backward(dy, x, weight, rstd, dweight_dtype):
+    if dweight_dtype is None:
+        return library.empty_if(weight is not None, x), x.new_empty(0)
+    return library.empty_if(weight is not None, x), x.new_empty(x.shape[-1], dtype=dweight_dtype)
 
 
 def _fake_add(x, residual, weight, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(y), _rstd_like(x)
+    return y, torch.empty_like(y) if residual is not None else None, _rstd_like(x)
 
 
-def _fake_add_backward(dy, dtotal, total, weight, rstd, want_total, want_weight):
-    return library.empty_if(want_total, total), library.empty_if(want_weight, weight)
+def _fake_add_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
+    return _fake_backward(dy, total, weight, rstd, dweight_dtype)
 
 
 def _rstd_like(x):
@@ -78,22 +279,24 @@ def _rstd_like(x):
 rms_norm_op = library.define(
     "rms_norm",
     forward="(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
-    backward="(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool want_x, bool want_weight)"
+    backward="(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, ScalarType? dweight_dtype)"
     " -> (Tensor dx, Tensor dweight)",
     fakes={"forward": _fake, "backward": _fake_backward},
 )
 rms_norm_op.register("reference", forward=rms_norm_reference, backward=rms_norm_backward_reference)
+rms_norm_op.register("triton", forward=rms_norm_forward, backward=rms_norm_backward)
 add_rms_norm_op = library.define(
     "add_rms_norm",
     forward="(Tensor x, Tensor residual, Tensor weight, float eps)"
     " -> (Tensor y, Tensor total, Tensor rstd)",
-    backward="(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor rstd,"
-    " bool want_total, bool want_weight) -> (Tensor dx, Tensor dweight)",
+    backward="(Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, Tensor rstd,"
+    " ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)",
     fakes={"forward": _fake_add, "backward": _fake_add_backward},
 )
 add_rms_norm_op.register(
     "reference", forward=add_rms_norm_reference, backward=add_rms_norm_backward_reference
 )
+add_rms_norm_op.register("triton", forward=add_rms_norm_forward, backward=add_rms_norm_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -103,24 +306,26 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rstd)
     if any(ctx.needs_input_grad):
-        ctx.save_for_backward(inputs[0] if len(output) == 2 else output[1], weight, rstd)
+        *want_inputs, want_weight, _ = ctx.needs_input_grad[: len(inputs)]
+        ctx.dweight_dtype = weight.dtype if want_weight else None
+        normed = inputs[0] if len(output) == 2 else output[1]
+        ctx.save_for_backward(normed, weight if any(want_inputs) else None, rstd)
 
 
 def _backward(ctx, dy, _):
-    want_x, want_weight, _ = ctx.needs_input_grad
     if dy is None:
         return None, None, None
-    dx, dweight = torch.ops.llamapro.rms_norm_backward(dy, *ctx.saved_tensors, want_x, want_weight)
+    dx, dweight = torch.ops.llamapro.rms_norm_backward(dy, *ctx.saved_tensors, ctx.dweight_dtype)
+    want_x, want_weight, _ = ctx.needs_input_grad
     return dx if want_x else None, dweight if want_weight else None, None
 
 
 def _backward_add(ctx, dy, dtotal, _):
     want_x, want_residual, want_weight, _ = ctx.needs_input_grad
-    want_total = want_x or want_residual
-    if dy is None and dtotal is None:
-        return None, None, None, None
+    if dy is None:  # only the sum was used
+        return dtotal if want_x else None, dtotal if want_residual else None, None, None
     dx, dweight = torch.ops.llamapro.add_rms_norm_backward(
-        dy, dtotal, *ctx.saved_tensors, want_total, want_weight
+        dy, dtotal, *ctx.saved_tensors, ctx.dweight_dtype
     )
     return (
         dx if want_x else None,

@@ -10,9 +10,12 @@ Bytes moved at least: read and write q and k once.
 Source: Su et al. 2021, "RoFormer".
 """
 
+from __future__ import annotations
+
 import torch
 
 from llamapro_kernels import library
+from llamapro_kernels.library import tl, triton
 
 
 def rope_reference(q, k, cos, sin):
@@ -36,6 +39,80 @@ def _rotate(x, cos, sin):
     return (xf * cos + torch.cat((-x2, x1), -1) * sin).to(x.dtype)
 
 
+@library.jit
+def rope_kernel(
+    q, k, cos, sin, q_out, k_out, length, q_heads, k_heads, half, sign,
+    q_batch, q_time, q_head, q_dim, k_batch, k_time, k_head, k_dim,
+    cos_time, cos_dim, sin_time, sin_dim,
+    WANT_Q: tl.constexpr, WANT_K: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """All heads of one token, HEADS at a time; sign is -1 for the opposite angle."""
+    token = tl.program_id(0).to(tl.int64)
+    batch, time = token // length, token % length
+    column = tl.arange(0, HALF)
+    c = tl.load(cos + time * cos_time + column * cos_dim, mask=column < half, other=0)
+    s = tl.load(sin + time * sin_time + column * sin_dim, mask=column < half, other=0)
+    c, s = c.to(tl.float32), s.to(tl.float32) * sign
+    if WANT_Q:
+        q += batch * q_batch + time * q_time
+        q_out += token * q_heads * 2 * half
+        _rotate_heads(q, q_out, c, s, q_heads, half, q_head, q_dim, HEADS, HALF)
+    if WANT_K:
+        k += batch * k_batch + time * k_time
+        k_out += token * k_heads * 2 * half
+        _rotate_heads(k, k_out, c, s, k_heads, half, k_head, k_dim, HEADS, HALF)
+
+
+@library.jit
+def _rotate_heads(
+    x, out, cos, sin, heads, half, x_head, x_dim, HEADS: tl.constexpr, HALF: tl.constexpr
+):
+    column = tl.arange(0, HALF)[None, :].to(tl.int64)
+    for first in range(0, heads, HEADS):
+        head = first + tl.arange(0, HEADS)[:, None].to(tl.int64)
+        mask = (head < heads) & (column < half)
+        at = x + head * x_head + column * x_dim
+        x1 = tl.load(at, mask=mask, other=0).to(tl.float32)
+        x2 = tl.load(at + half * x_dim, mask=mask, other=0).to(tl.float32)
+        to = out + head * 2 * half + column
+        tl.store(to, x1 * cos[None, :] - x2 * sin[None, :], mask=mask)
+        tl.store(to + half, x2 * cos[None, :] + x1 * sin[None, :], mask=mask)
+
+
+def rope_forward(q, k, cos, sin):
+    return _launch(q, k, cos, sin, 1.0)
+
+
+def rope_backward(dq, dk, cos, sin, want_q, want_k):
+    return _launch(dq if want_q else None, dk if want_k else None, cos, sin, -1.0)
+
+
+def _launch(q, k, cos, sin, sign):
+    """One launch for both; what is None is not rotated, and nothing is allocated for it."""
+    some = k if q is None else q
+    outputs = tuple(
+        (some if x is None else x).new_empty(0 if x is None else x.shape) for x in (q, k)
+    )
+    batch, length, _, dim = some.shape
+    heads = [0 if x is None else x.shape[2] for x in (q, k)]
+    half = triton.next_power_of_2(dim // 2)
+    tile = min(2048 // half, triton.next_power_of_2(max(heads)))  # at most 16 pairs a thread
+    library.launch(
+        rope_kernel,
+        (batch * length,),
+        *(q, k, cos, sin, *outputs, length),
+        *(*heads, dim // 2, sign),
+        *(stride for x in (q, k) for stride in ((0,) * 4 if x is None else x.stride())),
+        *(*cos.stride(), *sin.stride()),
+        WANT_Q=q is not None,
+        WANT_K=k is not None,
+        HEADS=tile,
+        HALF=half,
+        num_warps=4,
+    )
+    return outputs
+
+
 def _fake(q, k, cos, sin):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -53,6 +130,7 @@ rope_op = library.define(
     fakes={"forward": _fake, "backward": _fake_backward},
 )
 rope_op.register("reference", forward=rope_reference, backward=rope_backward_reference)
+rope_op.register("triton", forward=rope_forward, backward=rope_backward)
 
 
 def _setup_context(ctx, inputs, output):

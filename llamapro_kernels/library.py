@@ -19,8 +19,9 @@ from torch.autograd import forward_ad
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 # Triton looks when a kernel is defined, so changing the variable after the import does nothing.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"

@@ -4,6 +4,7 @@ from llamapro_kernels.attention import flash_attention
 from llamapro_kernels.block import BlockWeights, decoder_block
 from llamapro_kernels.library import backends, use_backend
 from llamapro_kernels.linear_cross_entropy import linear_cross_entropy
+from llamapro_kernels.linear_swiglu import linear_swiglu
 from llamapro_kernels.rms_norm import add_rms_norm, rms_norm
 from llamapro_kernels.rope import rope
 from llamapro_kernels.swiglu import swiglu
@@ -16,6 +17,7 @@ __all__ = [
     "decoder_block",
     "flash_attention",
     "linear_cross_entropy",
+    "linear_swiglu",
     "rms_norm",
     "rope",
     "swiglu",

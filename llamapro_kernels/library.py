@@ -161,6 +161,13 @@ def architecture(device: torch.device) -> str:
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get((major, minor), "sm_86")
 
 
+def describable(matrix: torch.Tensor) -> bool:
+    """Whether a tensor descriptor (TMA) can read it: rows at 16-byte boundaries, none empty."""
+    row, column = matrix.stride()
+    aligned = matrix.data_ptr() % 16 == 0 and row * matrix.element_size() % 16 == 0
+    return aligned and row > 0 and column == 1 and matrix.numel() > 0
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., N) as (rows, N): a view wherever strides allow one."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])

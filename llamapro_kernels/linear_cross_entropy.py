@@ -14,11 +14,17 @@ Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Model
 forward is Liger-Kernel's idea (Hsu et al. 2024).
 """
 
+from __future__ import annotations
+
 import torch
 
 from llamapro_kernels import library
+from llamapro_kernels.library import tl, triton
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
+# On a GPU each chunk reads the whole weight again (and adds to the whole of dweight): this many
+# tokens, at least, make that small beside the products.
+CHUNK_TOKENS = 1024
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -69,8 +75,8 @@ def _dlogits(p, target, valid, upstream):
     return p.mul_(upstream).masked_fill_(~valid[:, None], 0.0)
 
 
-def _chunks(x, weight):
-    rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
+def _chunks(x, weight, least=1):
+    rows = max(least, CHUNK_ELEMENTS // max(1, weight.shape[0]))
     return [slice(i, i + rows) for i in range(0, len(x), rows)]
 
 
@@ -83,6 +89,106 @@ def _check_targets(targets, valid, vocabulary):
         raise IndexError(
             f"targets must lie in 0..{vocabulary - 1} or be ignore_index, got {bad[0].item()}"
         )
+
+
+@library.jit
+def cross_entropy_kernel(
+    logits, targets, losses, lse, vocabulary, ignore_index, BLOCK: tl.constexpr
+):
+    """Loss and log-sum-exp of one row of logits, by an online softmax."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    peak, total = float("-inf"), 0.0
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(z, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base), 0)
+        peak = higher
+    value = peak + tl.log(total)
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < vocabulary)
+    score = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
+    tl.store(losses + row, tl.where(target == ignore_index, 0.0, value - score))
+    tl.store(lse + row, value)
+
+
+@library.jit
+def dlogits_kernel(
+    logits, targets, lse, dloss, vocabulary, ignore_index, dloss_stride, BLOCK: tl.constexpr
+):
+    """Logits become (softmax - onehot) in place, times dloss where there is one."""
+    blocks = tl.cdiv(vocabulary, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    logits += row * vocabulary + column
+    z = tl.load(logits, mask=column < vocabulary, other=0).to(tl.float32)
+    target = tl.load(targets + row)
+    dz = tl.exp(z - tl.load(lse + row)) - tl.where(column == target, 1.0, 0.0)
+    if dloss is not None:
+        dz *= tl.load(dloss + row * dloss_stride).to(tl.float32)
+    tl.store(logits, tl.where(target == ignore_index, 0.0, dz), mask=column < vocabulary)
+
+
+def linear_cross_entropy_forward(x, weight, targets, ignore_index, per_token, want_x, want_weight):
+    losses, lse, dx, dweight = _fake(x, weight, targets, ignore_index, True, want_x, want_weight)
+    dweight.zero_()
+    for rows, logits in _logits_by_chunk(x, weight):
+        library.launch(
+            cross_entropy_kernel,
+            (len(logits),),
+            *(logits, targets[rows], losses[rows], lse[rows], weight.shape[0], ignore_index),
+            BLOCK=min(4096, triton.next_power_of_2(weight.shape[0])),
+            num_warps=8,
+        )
+        if want_x or want_weight:
+            _launch_dlogits(logits, targets[rows], lse[rows], None, ignore_index)
+        if want_x:
+            torch.mm(logits, weight, out=dx[rows])
+        if want_weight:
+            _add_product(dweight, logits.T, x[rows])
+    return losses if per_token else losses.sum(), lse, dx, dweight
+
+
+def linear_cross_entropy_backward(dloss, x, weight, targets, lse, ignore_index):
+    dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
+    for rows, logits in _logits_by_chunk(x, weight):
+        _launch_dlogits(logits, targets[rows], lse[rows], dloss[rows], ignore_index)
+        _add_product(dweight, logits.T, x[rows])
+    return dweight.to(weight.dtype)
+
+
+def _logits_by_chunk(x, weight):
+    """(rows, their logits), chunk by chunk in one buffer."""
+    chunks = _chunks(x, weight, CHUNK_TOKENS)
+    buffer = x.new_empty((min(len(x), chunks[0].stop) if chunks else 0, weight.shape[0]))
+    for rows in chunks:
+        logits = buffer[: len(x[rows])]
+        yield rows, torch.mm(x[rows], weight.T, out=logits)
+
+
+def _launch_dlogits(logits, targets, lse, dloss, ignore_index):
+    vocabulary = logits.shape[1]
+    block = min(2048, triton.next_power_of_2(vocabulary))
+    library.launch(
+        dlogits_kernel,
+        (len(logits) * triton.cdiv(vocabulary, block),),
+        *(logits, targets, lse, dloss, vocabulary, ignore_index),
+        0 if dloss is None else dloss.stride(0),
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def _add_product(total, a, b):
+    """total (fp32) += a @ b, whose sums stay in fp32 where the device has such a product."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _fake(x, weight, targets, ignore_index, per_token, want_x, want_weight):
@@ -108,6 +214,9 @@ linear_cross_entropy_op.register(
     "reference",
     forward=linear_cross_entropy_reference,
     backward=linear_cross_entropy_backward_reference,
+)
+linear_cross_entropy_op.register(
+    "triton", forward=linear_cross_entropy_forward, backward=linear_cross_entropy_backward
 )
 
 

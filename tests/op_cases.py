@@ -58,6 +58,11 @@ def plain_swiglu(gate_up):
     return F.silu(gate) * up
 
 
+def linear_swiglu_inputs(size):
+    *tokens, n = rows(size)
+    return {"x": rand(*tokens, n), "weight": rand(34, n) / math.sqrt(n)}
+
+
 def heads(size):
     """(B, T, H, Hkv, D)"""
     sizes = {"typical": (2, 19, 4, 2, 32), "odd": (1, 7, 3, 1, 24), "one": (1, 1, 1, 1, 8)}
@@ -187,6 +192,12 @@ CASES = {
         lambda size: {"gate_up": 3 * rand(*rows(size)[:-1], 2 * rows(size)[-1])},
         lk.swiglu,
         plain_swiglu,
+    ),
+    "linear_swiglu": Case(
+        "linear_swiglu",
+        linear_swiglu_inputs,
+        lk.linear_swiglu,
+        lambda x, weight: plain_swiglu(F.linear(x, weight)),
     ),
     "attention": attention(attention_inputs()),
     "attention_full": attention(attention_inputs(keys=3), causal=False, scale=0.3),

@@ -9,7 +9,15 @@ import torch
 import llamapro_kernels as lk
 from llamapro_kernels import library
 
-OPS = {"add_rms_norm", "flash_attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu"}
+OPS = {
+    "add_rms_norm",
+    "flash_attention",
+    "linear_cross_entropy",
+    "linear_swiglu",
+    "rms_norm",
+    "rope",
+    "swiglu",
+}
 
 
 def test_every_op_names_its_backend():

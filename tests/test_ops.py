@@ -47,6 +47,7 @@ def small_chunks(monkeypatch):
     """So that the loss takes several chunks of these few tokens."""
     module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 3)
 
 
 @pytest.fixture(autouse=True)

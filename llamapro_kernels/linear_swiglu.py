@@ -1,0 +1,188 @@
+"""SwiGLU of a linear layer: the first half of a Llama MLP without its (tokens, 2I) projection.
+
+    [g, u] = x w^T,  y = silu(g) * u
+    backward: [g, u] again, then swiglu's backward, dx = d[g, u] w, dw = d[g, u]^T x
+
+x is (..., N), weight (2I, N) with the gate's rows first, y (..., I); any floating dtype, sums in
+fp32 (fp64 for fp64). The product and the activation are one kernel, so the projection never goes
+to memory forward; it is computed again backward. Saved for backward: x and weight. Bytes moved at
+least: x, weight and y once each; 4 N I FLOPs a token forward, and again 4 N I for each of the
+projection, dx and dw backward.
+
+`swiglu(linear(x, weight))` saves the projection instead and computes it once: it is what
+`decoder_block` does.
+
+Source: Shazeer 2020, "GLU Variants Improve Transformer"; the tiled product with grouped programs is
+that of Tillet et al. 2019, "Triton".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from llamapro_kernels import library
+from llamapro_kernels.library import TensorDescriptor, tl, triton
+from llamapro_kernels.swiglu import swiglu_reference
+
+# (BLOCK_M, BLOCK_I, BLOCK_N, warps, stages): tokens, columns of y, and the summed dimension.
+TILES = {
+    "sm_80": (128, 64, 32, 8, 3),
+    "sm_86": (128, 64, 32, 8, 3),
+    "sm_90": (128, 128, 64, 8, 3),
+    "sm_100": (128, 128, 64, 8, 3),
+    "gfx942": (128, 64, 32, 4, 2),
+    "fp32": (32, 32, 16, 4, 1),
+    "interpreter": (16, 16, 16, 4, 1),
+}
+
+
+def linear_swiglu_reference(x, weight):
+    """Ground truth: silu(gate) * up of the projection, rounded as a linear layer would."""
+    return swiglu_reference(linear(x, weight))
+
+
+def linear_swiglu_backward(dy, x, weight, want_x, want_weight):
+    """For every backend: the products are the library's, what lies between them is `swiglu`'s."""
+    dgate_up = torch.ops.llamapro.swiglu_backward(dy, linear(x, weight))
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
+    if want_x:
+        dx = dgate_up @ weight
+    if want_weight:
+        dweight = library.as_rows(dgate_up).T @ library.as_rows(x)
+    return dx, dweight
+
+
+@library.jit
+def linear_swiglu_kernel(
+    x, weight, y, x_strides, weight_strides, tokens, width, summed,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of y: two products that share x, and the activation of their sums."""
+    first, column = _grouped_tile(tokens, width, BLOCK_M, BLOCK_I)
+    gate = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
+    for at in range(0, summed, BLOCK_N):
+        left = _tile(x, x_strides, first, at, tokens, summed, BLOCK_M, BLOCK_N, TMA)
+        w = _tile(weight, weight_strides, column, at, width, summed, BLOCK_I, BLOCK_N, TMA)
+        gate = tl.dot(left, w.T, gate, input_precision="ieee")
+        w = _tile(
+            weight, weight_strides, width + column, at, 2 * width, summed, BLOCK_I, BLOCK_N, TMA
+        )
+        up = tl.dot(left, w.T, up, input_precision="ieee")
+    row = first.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+    column += tl.arange(0, BLOCK_I)[None, :]
+    mask = (row < tokens) & (column < width)
+    tl.store(y + row * width + column, gate * tl.sigmoid(gate) * up, mask=mask)
+
+
+@library.jit
+def _grouped_tile(tokens, width, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
+    """First token and column. Eight tiles one below the other share their weights in the cache."""
+    down, across = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_I)
+    index = tl.program_id(0)
+    group = index // (8 * across)
+    rows = tl.minimum(down - 8 * group, 8)
+    inside = index % (8 * across)
+    return (8 * group + inside % rows) * BLOCK_M, inside // rows * BLOCK_I
+
+
+@library.jit
+def _tile(
+    matrix, strides, first, at, rows, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """matrix[first : first + ROWS, at : at + COLUMNS], with zeros beyond rows and columns."""
+    if TMA:
+        tile = matrix.load([first, at])
+    else:
+        row = first.to(tl.int64) + tl.arange(0, ROWS)[:, None]
+        column = at + tl.arange(0, COLUMNS)[None, :].to(tl.int64)
+        pointers = matrix + row * strides[0] + column * strides[1]
+        tile = tl.load(pointers, mask=(row < rows) & (column < columns), other=0)
+    return tile
+
+
+def linear_swiglu_forward(x, weight):
+    y = _fake(x, weight)
+    x = library.as_rows(x)
+    tokens, (width, summed) = len(x), (weight.shape[0] // 2, weight.shape[1])
+    gpu = library.architecture(x.device)
+    tma = gpu in ("sm_90", "sm_100") and x.dtype != torch.float32
+    tma = tma and all(map(library.describable, (x, weight)))
+    if gpu != "interpreter" and not tma:
+        gpu = "fp32" if x.dtype == torch.float32 else {"gfx942": gpu}.get(gpu, "sm_80")
+    block_m, block_i, block_n, warps, stages = TILES[gpu]
+    operands = x, weight
+    if tma:
+        operands = (
+            TensorDescriptor.from_tensor(x, [block_m, block_n]),
+            TensorDescriptor.from_tensor(weight, [block_i, block_n]),
+        )
+    library.launch(
+        linear_swiglu_kernel,
+        (triton.cdiv(tokens, block_m) * triton.cdiv(width, block_i),),
+        *(*operands, y, x.stride(), weight.stride(), tokens, width, summed),
+        TMA=tma,
+        BLOCK_M=block_m,
+        BLOCK_I=block_i,
+        BLOCK_N=block_n,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return y
+
+
+def _fake(x, weight):
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+def _fake_backward(dy, x, weight, want_x, want_weight):
+    return library.empty_if(want_x, x), library.empty_if(want_weight, weight)
+
+
+linear_swiglu_op = library.define(
+    "linear_swiglu",
+    forward="(Tensor x, Tensor weight) -> Tensor",
+    backward="(Tensor dy, Tensor x, Tensor weight, bool want_x, bool want_weight)"
+    " -> (Tensor dx, Tensor dweight)",
+    fakes={"forward": _fake, "backward": _fake_backward},
+)
+linear_swiglu_op.register(
+    "reference", forward=linear_swiglu_reference, backward=linear_swiglu_backward
+)
+linear_swiglu_op.register("triton", forward=linear_swiglu_forward, backward=linear_swiglu_backward)
+
+
+def _setup_context(ctx, inputs, output):
+    if any(ctx.needs_input_grad):
+        ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy):
+    want_x, want_weight = ctx.needs_input_grad
+    dx, dweight = torch.ops.llamapro.linear_swiglu_backward(
+        dy, *ctx.saved_tensors, want_x, want_weight
+    )
+    return dx if want_x else None, dweight if want_weight else None
+
+
+linear_swiglu_op.autograd(_backward, setup_context=_setup_context)
+
+
+def linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """swiglu(x @ weight.T), without keeping the product.
+
+    x: (..., N), weight: (2I, N) of one floating dtype, the gate's rows first; returns (..., I).
+    Raises TypeError for dtypes, ValueError for shapes that do not match.
+    Source: Shazeer 2020.
+    """
+    library.check_floating(x=x, weight=weight)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
+    fits = x.dim() > 0 and weight.dim() == 2 and weight.shape[1:] == x.shape[-1:]
+    if not fits or weight.shape[0] % 2:
+        raise ValueError(
+            f"x (..., N) and weight (2I, N) expected, got {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
+    return torch.ops.llamapro.linear_swiglu(x, weight)

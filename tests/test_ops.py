@@ -174,7 +174,7 @@ class Calls(TorchDispatchMode):
 def test_wanted_gradients_only(name, backend):
     """For every subset: the same bits as with all, None and no memory for the others."""
     case = CASES[name]
-    inputs, constants, grads = draw(name, "typical")
+    inputs, constants, grads = draw(name, "odd")
     inputs, constants = convert(inputs, torch.float32), move(constants)
     grads = [g.to(DEVICE) for g in grads]
     with lk.use_backend(backend):
@@ -216,7 +216,7 @@ def gradient_outputs(calls):
 def test_part_of_the_outputs(name, backend):
     """An output that nothing uses has no gradient, and the others are still right."""
     case = CASES[name]
-    inputs, constants, _ = draw(name, "typical")
+    inputs, constants, _ = draw(name, "odd")
     inputs, constants = convert(inputs, torch.float32), move(constants)
     with lk.use_backend(backend):
         count = len(as_tuple(case.ours(**inputs, **constants)))
@@ -238,7 +238,7 @@ def test_part_of_the_outputs(name, backend):
 def test_backward_twice(name, backend):
     """retain_graph: the second backward gives the same bits and changes nothing."""
     case = CASES[name]
-    inputs, constants, grads = draw(name, "typical")
+    inputs, constants, grads = draw(name, "odd")
     leaves = {k: v.requires_grad_() for k, v in convert(inputs, torch.float32).items()}
     with lk.use_backend(backend):
         outputs = as_tuple(case.ours(**leaves, **move(constants)))
@@ -254,7 +254,7 @@ def test_backward_twice(name, backend):
 @every_pair
 def test_second_derivative_is_refused(name, backend):
     case = CASES[name]
-    inputs, constants, _ = draw(name, "typical")
+    inputs, constants, _ = draw(name, "odd")
     leaves = {k: v.requires_grad_() for k, v in convert(inputs, torch.float32).items()}
     with lk.use_backend(backend), pytest.raises(RuntimeError, match="no second derivative"):
         outputs = as_tuple(case.ours(**leaves, **move(constants)))
@@ -266,7 +266,7 @@ def test_second_derivative_is_refused(name, backend):
 def test_opcheck(name, backend):
     """The schemas, fakes and autograd registrations of the forward and backward ops."""
     case = CASES[name]
-    inputs, constants, grads = draw(name, "typical")
+    inputs, constants, grads = draw(name, "odd")
     inputs, constants = convert(inputs, torch.float32), move(constants)
     torch.use_deterministic_algorithms(False)  # opcheck compares unwritten memory of empties
     with lk.use_backend(backend):
@@ -290,7 +290,7 @@ def test_opcheck(name, backend):
 def test_fullgraph_compile(name, backend):
     """One graph, no break, the same bits as eager."""
     case = CASES[name]
-    inputs, constants, grads = draw(name, "typical")
+    inputs, constants, grads = draw(name, "odd")
     inputs, constants = convert(inputs, torch.float32), move(constants)
     grads = [g.to(DEVICE) for g in grads]
     compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
@@ -319,7 +319,7 @@ KEPT = {
 
 @pytest.mark.parametrize("name, wanted", KEPT)
 def test_saves_only_what_the_wanted_gradient_needs(name, wanted):
-    inputs, constants, grads = draw(name, "typical")
+    inputs, constants, grads = draw(name, "odd")
     inputs, saved = convert(inputs, torch.float32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         run(CASES[name].ours, inputs, move(constants), [g.to(DEVICE) for g in grads], {wanted})

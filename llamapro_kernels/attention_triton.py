@@ -1,0 +1,528 @@
+"""The Triton kernels of `attention.py`, whose docstring has the formulas, and their launchers.
+
+Four kernels: forward, delta = rowsum(do * o), dq, and dk with dv. Each program owns a tile of
+rows and loops over the tiles of the other side that it sees, so nothing is added atomically and
+the same input gives the same bits. Causal order, a window and documents are one thing here: every
+query sees one contiguous range of keys. Where the layout allows it, tiles are read by tensor
+descriptors (TMA) on GPUs that have them, otherwise by pointers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llamapro_kernels import library
+from llamapro_kernels.library import TensorDescriptor, tl, triton
+
+LOG2E = 1.4426950408889634  # the softmax is taken in base 2, for which GPUs have an instruction
+# (BLOCK_Q, BLOCK_K, warps, stages) by kernel and padded head dimension: the largest that leave no
+# register spilled. sm_80 also serves newer GPUs where tensor descriptors cannot be used.
+TILES = {
+    "sm_80": {
+        "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    },
+    "sm_86": {  # 99 KiB of shared memory
+        "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+    },
+    "sm_90": {
+        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        "dq": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
+        "dkv": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (16, 64, 8, 3)},
+    },
+    "sm_100": {
+        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        "dq": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+        "dkv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
+    },
+    "gfx942": {
+        "forward": {64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 64, 4, 1)},
+        "dq": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
+        "dkv": {64: (64, 128, 4, 1), 128: (32, 128, 4, 1), 256: (32, 64, 4, 1)},
+    },
+    "fp32": {  # without matrix units: their tf32 is not precise enough
+        "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 8, 1)},
+        "dq": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 32, 8, 1)},
+        "dkv": {64: (16, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 32, 8, 1)},
+    },
+    "gfx942 fp32": {
+        "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+        "dq": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+        "dkv": {64: (16, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    },
+}
+
+
+@library.jit
+def attention_forward_kernel(
+    q, k, v, o, lse, starts, ends, q_strides, k_strides, v_strides, o_strides,
+    queries, keys, heads, group, scale, window,
+    CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q queries of one head against the keys they see. scale is in base 2."""
+    first, head, batch = _own_tile(queries, heads, BLOCK_Q)
+    row = first + tl.arange(0, BLOCK_Q)
+    low, high = _seen_keys(row, queries, keys, window, starts, ends, CAUSAL)
+    begin, whole, tail, end = _phases(
+        _seen_keys(first, queries, keys, window, starts, ends, CAUSAL),
+        _seen_keys(first + BLOCK_Q - 1, queries, keys, window, starts, ends, CAUSAL),
+        BLOCK_K,
+    )
+    own = (
+        _tile((q, q_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, TMA),
+        low,
+        high,
+    )
+    k_from = (k, k_strides, batch, head // group, keys)
+    v_from = (v, v_strides, batch, head // group, keys)
+    state = (
+        tl.zeros([BLOCK_Q, DIM], tl.float32),
+        tl.zeros([BLOCK_Q], tl.float32),
+        tl.full([BLOCK_Q], float("-inf"), tl.float32),
+    )
+    if window is not None or starts is not None:
+        state = _attend(
+            state, own, k_from, v_from, scale, begin, whole, True, HEAD_DIM, DIM, BLOCK_K, TMA
+        )
+    state = _attend(
+        state, own, k_from, v_from, scale, whole, tail, False, HEAD_DIM, DIM, BLOCK_K, TMA
+    )
+    acc, total, peak = _attend(
+        state, own, k_from, v_from, scale, tail, end, True, HEAD_DIM, DIM, BLOCK_K, TMA
+    )
+    divisor = tl.where(total > 0, total, 1)
+    _store_tile((o, o_strides, batch, head, queries), first, acc / divisor[:, None], HEAD_DIM)
+    lse = _row_of_head(lse, batch, head, heads, queries)
+    tl.store(lse + row, (peak + tl.log2(divisor)) * 0.6931471805599453, mask=row < queries)
+
+
+@library.jit
+def _attend(
+    state, own, k_from, v_from, scale, begin, end,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over keys begin..end, MASKED to each row's low <= key < high."""
+    acc, total, peak = state
+    q, low, high = own
+    for start in range(begin, end, BLOCK):
+        k = _tile(k_from, start, HEAD_DIM, DIM, BLOCK, TMA)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if MASKED:
+            key = start + tl.arange(0, BLOCK)[None, :]
+            scores = tl.where((key >= low[:, None]) & (key < high[:, None]), scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+        # A row that has seen nothing has a peak of -inf; 0 in its place gives p = 0 and not NaN.
+        base = tl.where(higher == float("-inf"), 0, higher) if MASKED else higher
+        p = tl.exp2(scores * scale - base[:, None])
+        fade = tl.exp2(peak - base)
+        total = total * fade + tl.sum(p, 1)
+        v = _tile(v_from, start, HEAD_DIM, DIM, BLOCK, TMA)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        peak = higher
+    return acc, total, peak
+
+
+@library.jit
+def attention_delta_kernel(
+    do, o, delta, do_strides, o_strides, queries, heads,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(do * o), for BLOCK_Q queries of one head."""
+    first, head, batch = _own_tile(queries, heads, BLOCK_Q)
+    row = first + tl.arange(0, BLOCK_Q)
+    do = _tile((do, do_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, False)
+    o = _tile((o, o_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, False)
+    delta = _row_of_head(delta, batch, head, heads, queries)
+    tl.store(delta + row, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=row < queries)
+
+
+@library.jit
+def attention_dq_kernel(
+    do, q, k, v, lse, delta, dq, starts, ends,
+    do_strides, q_strides, k_strides, v_strides, dq_strides,
+    queries, keys, heads, group, scale, window,
+    CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_Q queries of one head: a sum over the keys they see."""
+    first, head, batch = _own_tile(queries, heads, BLOCK_Q)
+    row = first + tl.arange(0, BLOCK_Q)
+    low, high = _seen_keys(row, queries, keys, window, starts, ends, CAUSAL)
+    begin, whole, tail, end = _phases(
+        _seen_keys(first, queries, keys, window, starts, ends, CAUSAL),
+        _seen_keys(first + BLOCK_Q - 1, queries, keys, window, starts, ends, CAUSAL),
+        BLOCK_K,
+    )
+    own = (
+        _tile((q, q_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, TMA),
+        _tile((do, do_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, TMA),
+        _saved_lse(_row_of_head(lse, batch, head, heads, queries), row, queries),
+        _saved_delta(_row_of_head(delta, batch, head, heads, queries), row, queries),
+        low,
+        high,
+    )
+    k_from = (k, k_strides, batch, head // group, keys)
+    v_from = (v, v_strides, batch, head // group, keys)
+    acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
+    if window is not None or starts is not None:
+        acc = _add_dq(
+            acc, own, k_from, v_from, scale, begin, whole, True, HEAD_DIM, DIM, BLOCK_K, TMA
+        )
+    acc = _add_dq(acc, own, k_from, v_from, scale, whole, tail, False, HEAD_DIM, DIM, BLOCK_K, TMA)
+    acc = _add_dq(acc, own, k_from, v_from, scale, tail, end, True, HEAD_DIM, DIM, BLOCK_K, TMA)
+    acc *= scale * 0.6931471805599453
+    _store_tile((dq, dq_strides, batch, head, queries), first, acc, HEAD_DIM)
+
+
+@library.jit
+def _add_dq(
+    acc, own, k_from, v_from, scale, begin, end,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    q, do, lse, delta, low, high = own
+    for start in range(begin, end, BLOCK):
+        k = _tile(k_from, start, HEAD_DIM, DIM, BLOCK, TMA)
+        v = _tile(v_from, start, HEAD_DIM, DIM, BLOCK, TMA)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if MASKED:
+            key = start + tl.arange(0, BLOCK)[None, :]
+            scores = tl.where((key >= low[:, None]) & (key < high[:, None]), scores, float("-inf"))
+        p = tl.exp2(scores * scale - lse[:, None])
+        ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+    return acc
+
+
+@library.jit
+def attention_dkv_kernel(
+    do, q, k, v, lse, delta, dk, dv, starts, ends,
+    do_strides, q_strides, k_strides, v_strides, dk_strides,
+    queries, keys, heads, group, scale, window,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr,
+    CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_K keys of one key head: sums over its query heads and their queries."""
+    first, head, batch = _own_tile(keys, heads // group, BLOCK_K)
+    column = first + tl.arange(0, BLOCK_K)
+    low, high = _seeing_queries(column, queries, keys, window, starts, ends, CAUSAL)
+    begin, whole, _, end = _phases(
+        _seeing_queries(first, queries, keys, window, starts, ends, CAUSAL),
+        _seeing_queries(first + BLOCK_K - 1, queries, keys, window, starts, ends, CAUSAL),
+        BLOCK_Q,
+    )
+    # Queries beyond the last are zeros and need no mask. With bounds on that side everything is
+    # masked: a third copy of the loop would not leave registers enough.
+    if window is not None or starts is not None:
+        whole = end
+    k_tile = _tile((k, k_strides, batch, head, keys), first, HEAD_DIM, DIM, BLOCK_K, TMA)
+    v_tile = k_tile
+    if WANT_K:
+        v_tile = _tile((v, v_strides, batch, head, keys), first, HEAD_DIM, DIM, BLOCK_K, TMA)
+    own = (k_tile, v_tile, low, high)
+    acc = (tl.zeros([BLOCK_K, DIM], tl.float32), tl.zeros([BLOCK_K, DIM], tl.float32))
+    for query_head in range(head * group, head * group + group):
+        q_from = (q, q_strides, batch, query_head, queries)
+        do_from = (do, do_strides, batch, query_head, queries)
+        lse_row = _row_of_head(lse, batch, query_head, heads, queries)
+        delta_row = lse_row
+        if WANT_K:
+            delta_row = _row_of_head(delta, batch, query_head, heads, queries)
+        rows_from = (q_from, do_from, lse_row, delta_row)
+        acc = _add_dkv(
+            acc, own, rows_from, scale, begin, whole,
+            True, WANT_K, WANT_V, HEAD_DIM, DIM, BLOCK_Q, TMA,
+        )  # fmt: skip
+        acc = _add_dkv(
+            acc, own, rows_from, scale, whole, end,
+            False, WANT_K, WANT_V, HEAD_DIM, DIM, BLOCK_Q, TMA,
+        )  # fmt: skip
+    if WANT_K:
+        dk_acc = acc[0] * (scale * 0.6931471805599453)
+        _store_tile((dk, dk_strides, batch, head, keys), first, dk_acc, HEAD_DIM)
+    if WANT_V:
+        _store_tile((dv, dk_strides, batch, head, keys), first, acc[1], HEAD_DIM)
+
+
+@library.jit
+def _add_dkv(
+    acc, own, rows_from, scale, begin, end,
+    MASKED: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Keys by queries, the transpose of the above, so that p and ds are left factors."""
+    dk, dv = acc
+    k, v, low, high = own
+    q_from, do_from, lse_row, delta_row = rows_from
+    queries = q_from[4]
+    for start in range(begin, end, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        q = _tile(q_from, start, HEAD_DIM, DIM, BLOCK, TMA)
+        do = _tile(do_from, start, HEAD_DIM, DIM, BLOCK, TMA)
+        scores = tl.dot(k, q.T, input_precision="ieee")
+        if MASKED:
+            seen = (row[None, :] >= low[:, None]) & (row[None, :] < high[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        p = tl.exp2(scores * scale - _saved_lse(lse_row, row, queries)[None, :])
+        if WANT_V:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        if WANT_K:
+            delta = _saved_delta(delta_row, row, queries)
+            ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@library.jit
+def _own_tile(length, heads, BLOCK: tl.constexpr):
+    """(first row, head, batch) of this program. Causal: the tiles with most work start first."""
+    tiles = tl.cdiv(length, BLOCK)
+    index = tl.program_id(0)
+    tile = tiles - 1 - index % tiles
+    return tile * BLOCK, index // tiles % heads, index // tiles // heads
+
+
+@library.jit
+def _seen_keys(row, queries, keys, window, starts, ends, CAUSAL: tl.constexpr):
+    """A query sees a contiguous range of keys, low <= key < high; both rise with the query."""
+    row = tl.minimum(row, queries - 1)
+    position = row + keys - queries
+    low, high = row * 0, row * 0 + keys
+    if CAUSAL:
+        high = tl.maximum(position + 1, 0)
+    if window is not None:
+        low = tl.maximum(position - window + 1, 0)
+    if starts is not None:
+        low = tl.maximum(low, tl.load(starts + row))
+        high = tl.minimum(high, tl.load(ends + row))
+    return low, high
+
+
+@library.jit
+def _seeing_queries(column, queries, keys, window, starts, ends, CAUSAL: tl.constexpr):
+    """The inverse: a key is seen by the queries low <= query < high."""
+    column = tl.minimum(column, keys - 1)
+    position = column + queries - keys
+    low, high = column * 0, column * 0 + queries
+    if CAUSAL:
+        low = tl.maximum(position, 0)
+    if window is not None:
+        high = tl.minimum(tl.maximum(position + window, 0), queries)
+    if starts is not None:
+        low = tl.maximum(low, tl.load(starts + column))
+        high = tl.minimum(high, tl.load(ends + column))
+    return low, high
+
+
+@library.jit
+def _phases(first, last, BLOCK: tl.constexpr):
+    """The loop in three: begin..whole and tail..end need a mask, whole..tail does not.
+
+    first, last: the ranges (low, high) of the first and of the last row of the own tile.
+    """
+    begin = first[0] // BLOCK * BLOCK
+    end = last[1]
+    whole = tl.minimum(tl.cdiv(last[0], BLOCK), tl.cdiv(end, BLOCK)) * BLOCK
+    tail = tl.maximum(first[1] // BLOCK * BLOCK, whole)
+    return begin, whole, tail, end
+
+
+@library.jit
+def _tile(
+    source, start, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
+):
+    """x[batch, start : start + BLOCK, head], with zeros beyond the length and HEAD_DIM.
+
+    source: (x or its tensor descriptor, its strides, batch, head, length).
+    """
+    if TMA:
+        tile = source[0].load([source[2] * source[4] + start, source[3] * DIM])
+    else:
+        pointers, mask = _tile_pointers(source, start, HEAD_DIM, DIM, BLOCK)
+        tile = tl.load(pointers, mask=mask, other=0)
+    return tile
+
+
+@library.jit
+def _store_tile(target, start, tile, HEAD_DIM: tl.constexpr):
+    pointers, mask = _tile_pointers(target, start, HEAD_DIM, tile.shape[1], tile.shape[0])
+    tl.store(pointers, tile, mask=mask)
+
+
+@library.jit
+def _tile_pointers(source, start, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    x, strides, batch, head, length = source
+    row, column = start + tl.arange(0, BLOCK)[:, None], tl.arange(0, DIM)[None, :]
+    x += batch.to(tl.int64) * strides[0] + tl.full([], head, tl.int64) * strides[2]
+    at = x + row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[3]
+    return at, (row < length) & (column < HEAD_DIM)
+
+
+@library.jit
+def _row_of_head(x, batch, head, heads, queries):
+    """Where this head's row of lse or delta (B, H, T) begins."""
+    return x + (batch.to(tl.int64) * heads + head) * queries
+
+
+@library.jit
+def _saved_lse(lse, row, queries):
+    """In base 2. A row that sees nothing has -inf; its scores are masked, so 0 serves as well."""
+    value = tl.load(lse + row, mask=row < queries, other=0)
+    return tl.where(value == float("-inf"), 0, value * 1.4426950408889634)
+
+
+@library.jit
+def _saved_delta(delta, row, queries):
+    return tl.load(delta + row, mask=row < queries, other=0)
+
+
+def flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window):
+    o = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    tile, tma = _tile_rule("forward", q, k, v)
+    library.launch(
+        attention_forward_kernel,
+        _grid(q, tile["BLOCK_Q"]),
+        _operand(q, tile["BLOCK_Q"], tma),
+        *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
+        *(o, lse, *_document_bounds(cu_seqlens, q.shape[1])),
+        *(q.stride(), k.stride(), v.stride(), o.stride()),
+        *_sizes(q, k, scale, window),
+        CAUSAL=causal,
+        TMA=tma,
+        HEAD_DIM=q.shape[3],
+        **tile,
+    )
+    return o, lse
+
+
+def flash_attention_backward(
+    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v
+):
+    wanted = ((want_q, q), (want_k, k), (want_v, k))
+    grads = tuple(library.empty_if(want, like) for want, like in wanted)
+    delta = _delta(do, o) if want_q or want_k else None
+    common = (*_document_bounds(cu_seqlens, q.shape[1]), *_sizes(q, k, scale, window))
+    if want_q:
+        _launch_dq(do, q, k, v, lse, delta, grads[0], common, causal)
+    if want_k or want_v:
+        dk, dv = grads[1] if want_k else None, grads[2] if want_v else None
+        _launch_dkv(do, q, k, v, lse, delta, dk, dv, common, causal)
+    return grads
+
+
+def _delta(do, o):
+    delta = torch.empty((o.shape[0], o.shape[2], o.shape[1]), device=o.device)
+    library.launch(
+        attention_delta_kernel,
+        _grid(o, 32),
+        *(do, o, delta, do.stride(), o.stride(), o.shape[1], o.shape[2]),
+        HEAD_DIM=o.shape[3],
+        DIM=_padded(o),
+        BLOCK_Q=32,
+        num_warps=4,
+    )
+    return delta
+
+
+def _launch_dq(do, q, k, v, lse, delta, dq, common, causal):
+    tile, tma = _tile_rule("dq", q, k, v, do)
+    starts, ends, *sizes = common
+    library.launch(
+        attention_dq_kernel,
+        _grid(q, tile["BLOCK_Q"]),
+        *(_operand(x, tile["BLOCK_Q"], tma) for x in (do, q)),
+        *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
+        *(lse, delta, dq, starts, ends),
+        *(x.stride() for x in (do, q, k, v, dq)),
+        *sizes,
+        CAUSAL=causal,
+        TMA=tma,
+        HEAD_DIM=q.shape[3],
+        **tile,
+    )
+
+
+def _launch_dkv(do, q, k, v, lse, delta, dk, dv, common, causal):
+    """dk or dv is None when it is not wanted; for dv alone so are v and delta."""
+    v = k if v is None else v
+    tile, tma = _tile_rule("dkv", q, k, v, do)
+    starts, ends, *sizes = common
+    library.launch(
+        attention_dkv_kernel,
+        _grid(k, tile["BLOCK_K"]),
+        *(_operand(x, tile["BLOCK_Q"], tma) for x in (do, q)),
+        *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
+        *(lse, delta, dk, dv, starts, ends),
+        *(x.stride() for x in (do, q, k, v, dv if dk is None else dk)),
+        *sizes,
+        WANT_K=dk is not None,
+        WANT_V=dv is not None,
+        CAUSAL=causal,
+        TMA=tma,
+        HEAD_DIM=q.shape[3],
+        **tile,
+    )
+
+
+def _grid(x, block):
+    """One program for each tile of each head."""
+    return (triton.cdiv(x.shape[1], block) * x.shape[0] * x.shape[2],)
+
+
+def _sizes(q, k, scale, window):
+    return q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2], scale * LOG2E, window
+
+
+def _padded(x):
+    return max(16, triton.next_power_of_2(x.shape[3]))  # tl.dot takes no less
+
+
+def _document_bounds(cu_seqlens, length):
+    """Where the document of each position starts and ends, int32 (T,)."""
+    if cu_seqlens is None:
+        return None, None
+    position = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:-1], position, right=True)
+    return cu_seqlens[document], cu_seqlens[document + 1]
+
+
+def _tile_rule(kernel, *operands):
+    """The tile for this GPU, and whether all operands can be read by tensor descriptors (TMA)."""
+    x, dim = operands[0], _padded(operands[0])
+    if dim > 256:
+        raise ValueError(f"the kernels take head dimensions up to 256, got {x.shape[3]}")
+    gpu, single = library.architecture(x.device), x.dtype == torch.float32
+    tma = gpu in ("sm_90", "sm_100") and not single and all(map(_describable, operands))
+    if gpu == "interpreter":
+        tile = (16, 16, 4, 1)  # so that the short sequences of tests take several
+    else:
+        gpu = "sm_80" if gpu in ("sm_90", "sm_100") and not tma else gpu
+        if single:
+            gpu = "gfx942 fp32" if gpu == "gfx942" else "fp32"
+        tile = TILES[gpu][kernel][max(64, dim)]
+    names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
+    return {"DIM": dim, **dict(zip(names, tile, strict=True))}, tma
+
+
+def _describable(x):
+    """Whether x is a matrix (B T, H D) whose tiles lie within one batch and one head."""
+    batch, length, _, dim = x.shape
+    apart = batch == 1 or (x.stride(0) == length * x.stride(1) and length % 128 == 0)
+    whole_heads = x.stride(2) == dim == _padded(x)
+    return x.numel() > 0 and apart and whole_heads and library.describable(x[0, :, 0])
+
+
+def _operand(x, rows, tma):
+    """x, or a descriptor for tiles of this many rows of one head."""
+    if not tma:
+        return x
+    batch, length, heads, dim = x.shape
+    shape = [batch * length, heads * dim]
+    return TensorDescriptor(x, shape, [x.stride(1), 1], [rows, dim])

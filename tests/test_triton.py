@@ -1,0 +1,259 @@
+"""What holds for the Triton kernels alone: what they launch and allocate, and their tiles.
+
+Runs where Triton does: on a GPU, or in its interpreter (TRITON_INTERPRET=1).
+"""
+
+import importlib
+from unittest import mock
+
+import pytest
+import torch
+from op_cases import CASES, plain_attention
+from test_ops import DEVICE, as_tuple, convert, draw, move
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import llamapro_kernels as lk
+from llamapro_kernels import library
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or library.INTERPRETED), reason="needs a GPU or the interpreter"
+)
+
+
+class Allocations(TorchDispatchMode):
+    """The sizes, in elements, of all memory that is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+        given |= {
+            t.untyped_storage()._cdata for t in (kwargs or {}).values() if hasattr(t, "dtype")
+        }
+        result = function(*args, **(kwargs or {}))
+        for t in as_tuple(result):
+            if t is not None and t.numel() and t.untyped_storage()._cdata not in given:
+                self.sizes.append(t.numel())
+        return result
+
+
+class Recorder:
+    """The kernels that are launched, and what the launchers allocate, while it is entered."""
+
+    def __init__(self, op):
+        self.implementation = library._ops[op].implementations["triton"]
+        self.kernels, self.allocated, self.descriptors = [], [], False
+
+    def __enter__(self):
+        self.patches = [mock.patch.object(library, "launch", self.launch)]
+        counted = {kind: self.counted(f) for kind, f in self.implementation.items()}
+        self.patches.append(mock.patch.dict(self.implementation, counted))
+        for patch in self.patches:
+            patch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        for patch in reversed(self.patches):
+            patch.__exit__(*error)
+
+    def launch(self, kernel, grid, *args, launch=library.launch, **options):
+        self.kernels.append(kernel.fn.__name__.removesuffix("_kernel"))
+        self.descriptors |= options.get("TMA", False)
+        with _disable_current_modes():  # the interpreter allocates for itself
+            launch(kernel, grid, *args, **options)
+
+    def counted(self, function):
+        def call(*args):
+            with Allocations() as allocations:
+                result = function(*args)
+            self.allocated += allocations.sizes
+            return result
+
+        return call
+
+
+# What backward launches for each set of wanted inputs, and the memory it asks for: as much as these
+# inputs have, "lse" for a number a row, "logits" and "gate_up" for these intermediates.
+BACKWARD = {
+    ("rms_norm", "x"): (["rms_norm_backward"], ["x"]),
+    ("rms_norm", "weight"): (["rms_norm_backward"], ["weight", "weight"]),  # partial sums, sum
+    ("rms_norm", "x weight"): (["rms_norm_backward"], ["x", "weight", "weight"]),
+    ("add_rms_norm", "residual"): (["rms_norm_backward"], ["x"]),
+    ("add_rms_norm", "x residual"): (["rms_norm_backward"], ["x"]),
+    ("add_rms_norm", "weight"): (["rms_norm_backward"], ["weight", "weight"]),
+    ("rope", "q"): (["rope"], ["q"]),
+    ("rope", "k"): (["rope"], ["k"]),
+    ("rope", "q k"): (["rope"], ["q", "k"]),
+    ("swiglu", "gate_up"): (["swiglu_backward"], ["gate_up"]),
+    ("attention", "q"): (["attention_delta", "attention_dq"], ["q", "lse"]),
+    ("attention", "k"): (["attention_delta", "attention_dkv"], ["k", "lse"]),
+    ("attention", "v"): (["attention_dkv"], ["v"]),
+    ("attention", "k v"): (["attention_delta", "attention_dkv"], ["k", "v", "lse"]),
+    ("attention", "q k v"): (
+        ["attention_delta", "attention_dq", "attention_dkv"],
+        ["q", "k", "v", "lse"],
+    ),
+    ("linear_swiglu", "x"): (["swiglu_backward"], ["gate_up", "gate_up", "x"]),
+    ("linear_swiglu", "weight"): (["swiglu_backward"], ["gate_up", "gate_up", "weight"]),
+    # The loss computes its gradients forward; only dweight of single losses needs the logits again.
+    ("cross_entropy_mean", "x"): ([], []),
+    ("cross_entropy_mean", "weight"): ([], []),
+    ("cross_entropy_none", "x"): ([], []),
+    ("cross_entropy_none", "weight"): (["dlogits"] * 2, ["logits", "weight"]),
+}
+FORWARD = {
+    ("rms_norm", ""): (["rms_norm_forward"], ["x", "rows"]),
+    ("add_rms_norm", ""): (["rms_norm_forward"], ["x", "x", "rows"]),
+    ("rope", ""): (["rope"], ["q", "k"]),
+    ("swiglu", ""): (["swiglu_forward"], ["y"]),
+    ("linear_swiglu", ""): (["linear_swiglu"], ["y"]),
+    ("attention", ""): (["attention_forward"], ["q", "lse"]),
+    ("cross_entropy_sum", ""): (["cross_entropy"] * 2, ["logits", "rows", "rows", "one"]),
+    ("cross_entropy_sum", "x"): (
+        ["cross_entropy", "dlogits"] * 2,
+        ["logits", "rows", "rows", "one", "x"],
+    ),
+    ("cross_entropy_sum", "weight"): (
+        ["cross_entropy", "dlogits"] * 2,
+        ["logits", "rows", "rows", "one", "weight"],
+    ),
+}
+
+
+@pytest.fixture
+def two_chunks(monkeypatch):
+    """The 21 tokens of the loss's typical case in chunks of 11."""
+    module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 11 * 97)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 1)
+
+
+def prepare(name, wanted):
+    """The leaves of a case, its constants and gradients, and the sizes by name."""
+    inputs, constants, grads = draw(name, "typical")
+    leaves = convert(inputs, torch.float32)
+    sizes = {key: value.numel() for key, value in leaves.items()} | {"one": 1}
+    if "q" in leaves:
+        sizes["lse"] = leaves["q"].shape[:3].numel()
+    if "x" in leaves:
+        sizes["rows"] = leaves["x"].shape[:-1].numel()
+        sizes["gate_up"] = sizes["rows"] * len(leaves["weight"])
+        sizes["logits"] = 11 * len(leaves["weight"])
+    for key in wanted.split():
+        leaves[key].requires_grad_()
+    sizes["y"] = sizes.get("gate_up", 0) // 2
+    return leaves, move(constants), [g.to(DEVICE, torch.float32) for g in grads], sizes
+
+
+@pytest.mark.usefixtures("two_chunks")
+@pytest.mark.parametrize("name, wanted", BACKWARD)
+def test_backward_launches_and_allocates_for_what_is_wanted(name, wanted):
+    kernels, memory = BACKWARD[name, wanted]
+    leaves, constants, grads, sizes = prepare(name, wanted)
+    with lk.use_backend("triton"):
+        outputs = as_tuple(CASES[name].ours(**leaves, **constants))
+        with Recorder(CASES[name].op) as seen:
+            torch.autograd.backward(outputs, grads)
+    assert seen.kernels == kernels
+    assert sorted(seen.allocated) == sorted(sizes[key] for key in memory)
+
+
+@pytest.mark.usefixtures("two_chunks")
+@pytest.mark.parametrize("name, wanted", FORWARD)
+def test_forward_launches_and_allocates_for_what_is_wanted(name, wanted):
+    kernels, memory = FORWARD[name, wanted]
+    leaves, constants, _, sizes = prepare(name, wanted)
+    with lk.use_backend("triton"), Recorder(CASES[name].op) as seen:
+        CASES[name].ours(**leaves, **constants)
+    assert seen.kernels == kernels
+    assert sorted(seen.allocated) == sorted(sizes[key] for key in memory)
+
+
+def qkv_slices(batch, length, heads, kv_heads, dim, dtype=torch.float32):
+    """q, k, v as a packed projection has them: views with the same rows."""
+    qkv = torch.randn(batch, length, heads + 2 * kv_heads, dim, device=DEVICE).to(dtype)
+    return qkv.split((heads, kv_heads, kv_heads), 2)
+
+
+def test_slices_of_a_packed_projection_are_not_copied():
+    q, k, v = qkv_slices(2, 19, 4, 2, 32)
+    angles = torch.rand(19, 32, device=DEVICE)
+    with lk.use_backend("triton"):
+        with Recorder("rope") as seen:
+            lk.rope(q, k, angles, angles)
+        assert seen.allocated == [q.numel(), k.numel()]
+        with Recorder("flash_attention") as seen:
+            lk.flash_attention(q, k, v)
+        assert seen.allocated == [q.numel(), q.shape[:3].numel()]
+        with Recorder("rms_norm") as seen:
+            lk.rms_norm(q[:, :, 1], torch.ones(32, device=DEVICE))
+        assert seen.allocated == [2 * 19 * 32, 2 * 19]
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("width", [16384, 16390, 20000])
+def test_wide_norms(width, add):
+    """The last width that stays in registers, and wider ones, which are looped over."""
+    name = "add_rms_norm" if add else "rms_norm"
+    inputs = {key: torch.randn(3, width, device=DEVICE) for key in ("x", "residual")[: 1 + add]}
+    inputs["weight"] = torch.rand(width, device=DEVICE)
+    results = []
+    for function, dtype in ((CASES[name].ours, torch.float32), (CASES[name].plain, torch.float64)):
+        leaves = {k: v.to(dtype, copy=True).requires_grad_() for k, v in inputs.items()}
+        with lk.use_backend("triton"):
+            outputs = as_tuple(function(**leaves))
+            torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
+        results.append([*outputs, *(leaf.grad for leaf in leaves.values())])
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=2e-5)
+
+
+MASKS = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 70},
+    "packed": {"cu_seqlens": [0, 1, 130, 131, 200]},
+    "packed window": {"cu_seqlens": [0, 150, 200], "window": 40},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+def test_attention_in_the_tiles_of_gpus(gpu, mask, monkeypatch):
+    """Sequences of several shipped tiles that end within one; sm_90 reads by descriptors."""
+    check_attention(gpu, (1, 200, 200), dict(MASKS[mask]), monkeypatch)
+
+
+@pytest.mark.parametrize("queries, keys", [(128, 256), (256, 128)])
+def test_attention_by_descriptors_in_a_batch(queries, keys, monkeypatch):
+    """Whole tiles, so that those of one batch do not reach into the next; and S != T."""
+    check_attention("sm_90", (2, queries, keys), {}, monkeypatch)
+
+
+def check_attention(gpu, sizes, options, monkeypatch):
+    if gpu == "sm_90" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU has no tensor descriptors")
+    monkeypatch.setattr(library, "architecture", lambda device: gpu)
+    documents = options.pop("cu_seqlens", None)
+    if documents is not None:
+        documents = torch.tensor(documents, dtype=torch.int32)
+    batch, queries, keys = sizes
+    shapes = [(batch, queries, 2, 64), (batch, keys, 1, 64), (batch, keys, 1, 64)]
+    inputs = [torch.randn(shape).half() for shape in (*shapes, shapes[0])]
+
+    def run(function, dtype, device):
+        *leaves, do = (x.to(device, dtype) for x in inputs)
+        leaves = [x.requires_grad_() for x in leaves]
+        cuts = {"cu_seqlens": documents.to(device)} if documents is not None else {}
+        o = function(*leaves, **options, **cuts)
+        return [x.detach().cpu().double() for x in (o, *torch.autograd.grad(o, leaves, do))]
+
+    with lk.use_backend("triton"), Recorder("flash_attention") as seen:
+        results = run(lk.flash_attention, torch.float16, DEVICE)
+    assert seen.descriptors == (gpu == "sm_90")
+    peer, truth = (run(plain_attention, dtype, "cpu") for dtype in (torch.float16, torch.float64))
+    for ours, plain, true in zip(results, peer, truth, strict=True):
+        stored = torch.finfo(torch.float16).eps / 2 * true.abs().max()
+        assert (ours - true).abs().max() <= 2 * (plain - true).abs().max() + stored

@@ -13,8 +13,10 @@ demo: .venv/installed
 sweep: .venv/installed
 	$(BIN)/python -m llamapro.demo --sweep --steps $(STEPS) --out runs/sweep-$(STEPS)
 
+# The second line runs the Triton kernels in their interpreter; on a GPU the first one runs them.
 test: .venv/installed
 	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_triton.py tests/test_peers.py -k "not reference"
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -125,7 +125,7 @@ def rms_norm_backward_kernel(
         w = _load(weight + column * weight_col, column < width)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     for top in range(first, last, ROWS):
-        row = top + tl.arange(0, ROWS)[:, None]
+        row = (top + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (row < last) & (column < width)
         scale = tl.load(rstd + row, mask=row < last, other=0)
         xhat = _load(x + row * x_row + column * x_col, mask) * scale
@@ -154,7 +154,8 @@ def rms_norm_backward_wide_kernel(
     """As above, one row at a time in two loops; dweight grows in partial[program] itself."""
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
-    for row in range(first, last):
+    for top in range(first, last):
+        row = tl.full([], top, tl.int64)
         scale = tl.load(rstd + row)
         dots = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):

@@ -34,7 +34,7 @@ def linear_cross_entropy_reference(
     """Ground truth: losses or their sum, lse, and dx and (fp32) dweight of the sum."""
     dtype = library.compute_dtype(x.dtype)
     valid = targets != ignore_index
-    _check_targets(targets, valid, weight.shape[0])
+    _check_targets(targets, ignore_index, weight.shape[0])
     losses, lse = x.new_empty(len(x), dtype=dtype), x.new_empty(len(x), dtype=dtype)
     dx = x.new_empty(x.shape if want_x else 0)
     dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
@@ -80,11 +80,11 @@ def _chunks(x, weight, least=1):
     return [slice(i, i + rows) for i in range(0, len(x), rows)]
 
 
-def _check_targets(targets, valid, vocabulary):
-    """On a GPU this check would wait for the device, so it is made on the CPU only."""
+def _check_targets(targets, ignore_index, vocabulary):
+    """On a GPU this check would wait for the device: there such a target's loss is NaN."""
     if targets.device.type != "cpu":
         return
-    bad = targets[valid & ((targets < 0) | (targets >= vocabulary))]
+    bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))]
     if len(bad):
         raise IndexError(
             f"targets must lie in 0..{vocabulary - 1} or be ignore_index, got {bad[0].item()}"
@@ -132,6 +132,7 @@ def dlogits_kernel(
 
 
 def linear_cross_entropy_forward(x, weight, targets, ignore_index, per_token, want_x, want_weight):
+    _check_targets(targets, ignore_index, weight.shape[0])
     losses, lse, dx, dweight = _fake(x, weight, targets, ignore_index, True, want_x, want_weight)
     dweight.zero_()
     for rows, logits in _logits_by_chunk(x, weight):
@@ -260,7 +261,8 @@ def linear_cross_entropy(
     x: (..., D) and weight: (V, D) of one floating dtype, targets: (...) int64 or int32. Returns
     the fp32 loss: a scalar for "mean" (over valid targets) and "sum", (...) for "none". Targets
     equal to `ignore_index` do not count; when all are ignored the loss and gradients are 0.
-    Raises TypeError for dtypes, ValueError for shapes, IndexError for targets outside 0..V-1.
+    Raises TypeError for dtypes, ValueError for shapes and, on a CPU, IndexError for targets outside
+    0..V-1; on a GPU, where looking would mean waiting, the loss of such a target is NaN.
     Source: Wijmans et al. 2024.
     """
     library.check_floating(x=x, weight=weight)

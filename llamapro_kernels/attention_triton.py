@@ -15,38 +15,40 @@ from llamapro_kernels import library
 from llamapro_kernels.library import TensorDescriptor, tl, triton
 
 LOG2E = 1.4426950408889634  # the softmax is taken in base 2, for which GPUs have an instruction
+CACHE = 2**24  # bytes of the L2 that tiles which all programs of some heads read may take
 # (BLOCK_Q, BLOCK_K, warps, stages) by kernel and padded head dimension: the largest that leave no
-# register spilled. sm_80 also serves newer GPUs where tensor descriptors cannot be used.
+# register spilled. Where tensor descriptors cannot be used, sm_90 takes the tiles of sm_80, and
+# sm_100 those of sm_86.
 TILES = {
     "sm_80": {
-        "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
         "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     },
     "sm_86": {  # 99 KiB of shared memory
-        "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
-        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (16, 32, 8, 2)},
     },
     "sm_90": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         "dq": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
-        "dkv": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (16, 64, 8, 3)},
+        "dkv": {64: (64, 128, 8, 3), 128: (32, 128, 8, 2), 256: (16, 64, 8, 3)},
     },
     "sm_100": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         "dq": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "dkv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
+        "dkv": {64: (32, 128, 8, 2), 128: (64, 128, 8, 1), 256: (32, 64, 8, 1)},
     },
     "gfx942": {
         "forward": {64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 64, 4, 1)},
         "dq": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
-        "dkv": {64: (64, 128, 4, 1), 128: (32, 128, 4, 1), 256: (32, 64, 4, 1)},
+        "dkv": {64: (64, 128, 4, 1), 128: (32, 128, 4, 1), 256: (32, 32, 4, 1)},
     },
     "fp32": {  # without matrix units: their tf32 is not precise enough
         "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 8, 1)},
         "dq": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 32, 8, 1)},
-        "dkv": {64: (16, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 32, 8, 1)},
+        "dkv": {64: (16, 16, 4, 1), 128: (16, 32, 16, 1), 256: (16, 32, 16, 1)},
     },
     "gfx942 fp32": {
         "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
@@ -59,12 +61,12 @@ TILES = {
 @library.jit
 def attention_forward_kernel(
     q, k, v, o, lse, starts, ends, q_strides, k_strides, v_strides, o_strides,
-    queries, keys, heads, group, scale, window,
+    queries, keys, heads, group, together, scale, window,
     CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one head against the keys they see. scale is in base 2."""
-    first, head, batch = _own_tile(queries, heads, BLOCK_Q)
+    first, head, batch = _own_tile(queries, heads, together, True, BLOCK_Q)
     row = first + tl.arange(0, BLOCK_Q)
     low, high = _seen_keys(row, queries, keys, window, starts, ends, CAUSAL)
     begin, whole, tail, end = _phases(
@@ -133,7 +135,7 @@ def attention_delta_kernel(
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(do * o), for BLOCK_Q queries of one head."""
-    first, head, batch = _own_tile(queries, heads, BLOCK_Q)
+    first, head, batch = _own_tile(queries, heads, 1, False, BLOCK_Q)
     row = first + tl.arange(0, BLOCK_Q)
     do = _tile((do, do_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, False)
     o = _tile((o, o_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, False)
@@ -145,12 +147,12 @@ def attention_delta_kernel(
 def attention_dq_kernel(
     do, q, k, v, lse, delta, dq, starts, ends,
     do_strides, q_strides, k_strides, v_strides, dq_strides,
-    queries, keys, heads, group, scale, window,
+    queries, keys, heads, group, together, scale, window,
     CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_Q queries of one head: a sum over the keys they see."""
-    first, head, batch = _own_tile(queries, heads, BLOCK_Q)
+    first, head, batch = _own_tile(queries, heads, together, True, BLOCK_Q)
     row = first + tl.arange(0, BLOCK_Q)
     low, high = _seen_keys(row, queries, keys, window, starts, ends, CAUSAL)
     begin, whole, tail, end = _phases(
@@ -203,13 +205,13 @@ def _add_dq(
 def attention_dkv_kernel(
     do, q, k, v, lse, delta, dk, dv, starts, ends,
     do_strides, q_strides, k_strides, v_strides, dk_strides,
-    queries, keys, heads, group, scale, window,
+    queries, keys, heads, group, together, scale, window,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_K keys of one key head: sums over its query heads and their queries."""
-    first, head, batch = _own_tile(keys, heads // group, BLOCK_K)
+    first, head, batch = _own_tile(keys, heads // group, together, False, BLOCK_K)
     column = first + tl.arange(0, BLOCK_K)
     low, high = _seeing_queries(column, queries, keys, window, starts, ends, CAUSAL)
     begin, whole, _, end = _phases(
@@ -280,12 +282,21 @@ def _add_dkv(
 
 
 @library.jit
-def _own_tile(length, heads, BLOCK: tl.constexpr):
-    """(first row, head, batch) of this program. Causal: the tiles with most work start first."""
+def _own_tile(length, heads, together, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """(first row, head, batch) of this program.
+
+    In causal order the last queries and the first keys have most work: they start first, in all of
+    the heads that run together, so that no long program is left at the end.
+    """
     tiles = tl.cdiv(length, BLOCK)
     index = tl.program_id(0)
-    tile = tiles - 1 - index % tiles
-    return tile * BLOCK, index // tiles % heads, index // tiles // heads
+    first = index // (tiles * together) * together
+    together = tl.minimum(together, tl.num_programs(0) // tiles - first)
+    index -= first * tiles
+    tile, head = index // together, first + index % together
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return tile * BLOCK, head % heads, head // heads
 
 
 @library.jit
@@ -393,7 +404,7 @@ def flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window):
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
         *(o, lse, *_document_bounds(cu_seqlens, q.shape[1])),
         *(q.stride(), k.stride(), v.stride(), o.stride()),
-        *_sizes(q, k, scale, window),
+        *_sizes(q, k, _heads_together(k, 1) * (q.shape[2] // k.shape[2]), scale, window),
         CAUSAL=causal,
         TMA=tma,
         HEAD_DIM=q.shape[3],
@@ -408,40 +419,41 @@ def flash_attention_backward(
     wanted = ((want_q, q), (want_k, k), (want_v, k))
     grads = tuple(library.empty_if(want, like) for want, like in wanted)
     delta = _delta(do, o) if want_q or want_k else None
-    common = (*_document_bounds(cu_seqlens, q.shape[1]), *_sizes(q, k, scale, window))
+    saved, options = (do, q, k, v, lse, delta), (causal, scale, window)
+    bounds = _document_bounds(cu_seqlens, q.shape[1])
     if want_q:
-        _launch_dq(do, q, k, v, lse, delta, grads[0], common, causal)
+        _launch_dq(*saved, grads[0], bounds, *options)
     if want_k or want_v:
         dk, dv = grads[1] if want_k else None, grads[2] if want_v else None
-        _launch_dkv(do, q, k, v, lse, delta, dk, dv, common, causal)
+        _launch_dkv(*saved, dk, dv, bounds, *options)
     return grads
 
 
 def _delta(do, o):
-    delta = torch.empty((o.shape[0], o.shape[2], o.shape[1]), device=o.device)
+    delta = o.new_empty((o.shape[0], o.shape[2], o.shape[1]), dtype=torch.float32)
+    rows = 4096 // max(64, _padded(o))
     library.launch(
         attention_delta_kernel,
-        _grid(o, 32),
+        _grid(o, rows),
         *(do, o, delta, do.stride(), o.stride(), o.shape[1], o.shape[2]),
         HEAD_DIM=o.shape[3],
         DIM=_padded(o),
-        BLOCK_Q=32,
+        BLOCK_Q=rows,
         num_warps=4,
     )
     return delta
 
 
-def _launch_dq(do, q, k, v, lse, delta, dq, common, causal):
+def _launch_dq(do, q, k, v, lse, delta, dq, bounds, causal, scale, window):
     tile, tma = _tile_rule("dq", q, k, v, do)
-    starts, ends, *sizes = common
     library.launch(
         attention_dq_kernel,
         _grid(q, tile["BLOCK_Q"]),
         *(_operand(x, tile["BLOCK_Q"], tma) for x in (do, q)),
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
-        *(lse, delta, dq, starts, ends),
+        *(lse, delta, dq, *bounds),
         *(x.stride() for x in (do, q, k, v, dq)),
-        *sizes,
+        *_sizes(q, k, _heads_together(k, 1) * (q.shape[2] // k.shape[2]), scale, window),
         CAUSAL=causal,
         TMA=tma,
         HEAD_DIM=q.shape[3],
@@ -449,19 +461,18 @@ def _launch_dq(do, q, k, v, lse, delta, dq, common, causal):
     )
 
 
-def _launch_dkv(do, q, k, v, lse, delta, dk, dv, common, causal):
+def _launch_dkv(do, q, k, v, lse, delta, dk, dv, bounds, causal, scale, window):
     """dk or dv is None when it is not wanted; for dv alone so are v and delta."""
     v = k if v is None else v
     tile, tma = _tile_rule("dkv", q, k, v, do)
-    starts, ends, *sizes = common
     library.launch(
         attention_dkv_kernel,
         _grid(k, tile["BLOCK_K"]),
         *(_operand(x, tile["BLOCK_Q"], tma) for x in (do, q)),
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
-        *(lse, delta, dk, dv, starts, ends),
+        *(lse, delta, dk, dv, *bounds),
         *(x.stride() for x in (do, q, k, v, dv if dk is None else dk)),
-        *sizes,
+        *_sizes(q, k, _heads_together(q, q.shape[2] // k.shape[2]), scale, window),
         WANT_K=dk is not None,
         WANT_V=dv is not None,
         CAUSAL=causal,
@@ -476,8 +487,17 @@ def _grid(x, block):
     return (triton.cdiv(x.shape[1], block) * x.shape[0] * x.shape[2],)
 
 
-def _sizes(q, k, scale, window):
-    return q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2], scale * LOG2E, window
+def _sizes(q, k, together, scale, window):
+    if window is not None and window >= k.shape[1]:
+        window = None  # it hides nothing, and may be too large for the kernels' int32
+    queries, keys, heads, group = q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2]
+    return queries, keys, heads, group, together, scale * LOG2E, window
+
+
+def _heads_together(x, count):
+    """How many times `count` heads of x, and as much of its partner, stay in the cache together."""
+    size = 2 * count * x.shape[1] * x.shape[3] * x.element_size()
+    return max(1, CACHE // max(1, size))
 
 
 def _padded(x):
@@ -503,7 +523,8 @@ def _tile_rule(kernel, *operands):
     if gpu == "interpreter":
         tile = (16, 16, 4, 1)  # so that the short sequences of tests take several
     else:
-        gpu = "sm_80" if gpu in ("sm_90", "sm_100") and not tma else gpu
+        if not tma:
+            gpu = {"sm_90": "sm_80", "sm_100": "sm_86"}.get(gpu, gpu)
         if single:
             gpu = "gfx942 fp32" if gpu == "gfx942" else "fp32"
         tile = TILES[gpu][kernel][max(64, dim)]
@@ -516,7 +537,7 @@ def _describable(x):
     batch, length, _, dim = x.shape
     apart = batch == 1 or (x.stride(0) == length * x.stride(1) and length % 128 == 0)
     whole_heads = x.stride(2) == dim == _padded(x)
-    return x.numel() > 0 and apart and whole_heads and library.describable(x[0, :, 0])
+    return x.numel() > 0 and apart and whole_heads and library.describable(x[0].flatten(1))
 
 
 def _operand(x, rows, tma):

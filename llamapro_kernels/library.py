@@ -161,11 +161,17 @@ def architecture(device: torch.device) -> str:
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get((major, minor), "sm_86")
 
 
+def warps_for(elements: int, device: torch.device) -> int:
+    """Warps that give each lane eight elements: in 16-bit dtypes one widest load."""
+    lanes = 64 if architecture(device).startswith("gfx") else 32
+    return max(1, min(16, elements // (8 * lanes)))
+
+
 def describable(matrix: torch.Tensor) -> bool:
-    """Whether a tensor descriptor (TMA) can read it: rows at 16-byte boundaries, none empty."""
+    """Whether a tensor descriptor (TMA) can read it: rows apart, and at 16-byte boundaries."""
     row, column = matrix.stride()
     aligned = matrix.data_ptr() % 16 == 0 and row * matrix.element_size() % 16 == 0
-    return aligned and row > 0 and column == 1 and matrix.numel() > 0
+    return matrix.numel() > 0 and aligned and column == 1 and row >= matrix.shape[1]
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from llamapro_kernels.library import tl, triton
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
 # On a GPU each chunk reads the whole weight again (and adds to the whole of dweight): this many
 # tokens, at least, make that small beside the products.
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 2048
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -93,11 +93,11 @@ def _check_targets(targets, ignore_index, vocabulary):
 
 @library.jit
 def cross_entropy_kernel(
-    logits, targets, losses, lse, vocabulary, ignore_index, BLOCK: tl.constexpr
+    logits, targets, losses, lse, logits_row, vocabulary, ignore_index, BLOCK: tl.constexpr
 ):
     """Loss and log-sum-exp of one row of logits, by an online softmax."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * vocabulary
+    logits += row * logits_row
     peak, total = float("-inf"), 0.0
     for start in range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -116,13 +116,14 @@ def cross_entropy_kernel(
 
 @library.jit
 def dlogits_kernel(
-    logits, targets, lse, dloss, vocabulary, ignore_index, dloss_stride, BLOCK: tl.constexpr
-):
+    logits, targets, lse, dloss, logits_row, dloss_stride, vocabulary, ignore_index,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Logits become (softmax - onehot) in place, times dloss where there is one."""
     blocks = tl.cdiv(vocabulary, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    logits += row * vocabulary + column
+    logits += row * logits_row + column
     z = tl.load(logits, mask=column < vocabulary, other=0).to(tl.float32)
     target = tl.load(targets + row)
     dz = tl.exp(z - tl.load(lse + row)) - tl.where(column == target, 1.0, 0.0)
@@ -135,11 +136,13 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index, per_token, wa
     _check_targets(targets, ignore_index, weight.shape[0])
     losses, lse, dx, dweight = _fake(x, weight, targets, ignore_index, True, want_x, want_weight)
     dweight.zero_()
+    targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):
         library.launch(
             cross_entropy_kernel,
             (len(logits),),
-            *(logits, targets[rows], losses[rows], lse[rows], weight.shape[0], ignore_index),
+            *(logits, targets[rows], losses[rows], lse[rows]),
+            *(logits.stride(0), weight.shape[0], ignore_index),
             BLOCK=min(4096, triton.next_power_of_2(weight.shape[0])),
             num_warps=8,
         )
@@ -154,6 +157,7 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index, per_token, wa
 
 def linear_cross_entropy_backward(dloss, x, weight, targets, lse, ignore_index):
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
+    targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):
         _launch_dlogits(logits, targets[rows], lse[rows], dloss[rows], ignore_index)
         _add_product(dweight, logits.T, x[rows])
@@ -161,11 +165,12 @@ def linear_cross_entropy_backward(dloss, x, weight, targets, lse, ignore_index):
 
 
 def _logits_by_chunk(x, weight):
-    """(rows, their logits), chunk by chunk in one buffer."""
-    chunks = _chunks(x, weight, CHUNK_TOKENS)
-    buffer = x.new_empty((min(len(x), chunks[0].stop) if chunks else 0, weight.shape[0]))
+    """(rows, their logits), chunk by chunk in one buffer; its rows start where loads are widest."""
+    chunks, vocabulary = _chunks(x, weight, CHUNK_TOKENS), weight.shape[0]
+    length = min(len(x), chunks[0].stop) if chunks else 0
+    buffer = x.new_empty((length, triton.cdiv(vocabulary, 16) * 16))
     for rows in chunks:
-        logits = buffer[: len(x[rows])]
+        logits = buffer[: len(x[rows]), :vocabulary]
         yield rows, torch.mm(x[rows], weight.T, out=logits)
 
 
@@ -175,8 +180,8 @@ def _launch_dlogits(logits, targets, lse, dloss, ignore_index):
     library.launch(
         dlogits_kernel,
         (len(logits) * triton.cdiv(vocabulary, block),),
-        *(logits, targets, lse, dloss, vocabulary, ignore_index),
-        0 if dloss is None else dloss.stride(0),
+        *(logits, targets, lse, dloss, logits.stride(0)),
+        *(0 if dloss is None else dloss.stride(0), vocabulary, ignore_index),
         BLOCK=block,
         num_warps=4,
     )
@@ -194,7 +199,7 @@ def _add_product(total, a, b):
 
 def _fake(x, weight, targets, ignore_index, per_token, want_x, want_weight):
     lse = x.new_empty(x.shape[0], dtype=library.compute_dtype(x.dtype))
-    dweight = library.empty_if(want_weight, weight).to(lse.dtype)
+    dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=lse.dtype)
     loss = lse.new_empty(lse.shape if per_token else ())
     return loss, lse, library.empty_if(want_x, x), dweight
 
@@ -237,12 +242,17 @@ def _backward(ctx, dloss, *_):
         return (None,) * 7
     dx, dweight, *again = ctx.saved_tensors
     if dx is not None:
-        dx = (dx * (dloss[:, None] if ctx.per_token else dloss.reshape(1, 1))).to(ctx.dtypes[0])
+        dx = _scaled(dx, dloss.reshape(-1, 1), ctx.dtypes[0])
     if dweight is not None:
-        dweight = (dweight * dloss).to(ctx.dtypes[1])
+        dweight = _scaled(dweight, dloss.reshape(1, 1), ctx.dtypes[1])
     if ctx.late_weight:
         dweight = torch.ops.llamapro.linear_cross_entropy_backward(dloss, *again, ctx.ignore_index)
     return dx, dweight, None, None, None, None, None
+
+
+def _scaled(grad, dloss, dtype):
+    """The product in fp32, rounded as it is stored: without a copy in fp32."""
+    return torch.mul(grad, dloss, out=grad.new_empty(grad.shape, dtype=dtype))
 
 
 linear_cross_entropy_op.autograd(_backward, setup_context=_setup_context)

@@ -54,7 +54,9 @@ def add_rms_norm_backward_reference(dy, dtotal, total, weight, rstd, dweight_dty
     return dx if weight is None or dtotal is None else dx + dtotal, dweight
 
 
-ONE_PASS_WIDTH = 16384  # wider rows do not fit in the registers of a program
+ONE_PASS_WIDTH = 16384  # wider rows do not fit in the registers of a program,
+ONE_PASS_WIDTH_DWEIGHT = 8192  # nor do these beside the sums for dweight
+WIDE_TILE = {"ROWS": 1, "BLOCK": 4096, "num_warps": 8}
 
 
 @library.jit
@@ -65,7 +67,7 @@ def rms_norm_forward_kernel(
 ):  # fmt: skip
     """ROWS whole rows; ADD norms x + residual and stores that sum in total."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
+    column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     mask = (row < rows) & (column < width)
     value = _load(x + row * x_row + column * x_col, mask)
     if ADD:
@@ -88,7 +90,7 @@ def rms_norm_forward_wide_kernel(
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+        column = (start + tl.arange(0, BLOCK)).to(tl.int64)
         value = _load(x + row * x_row + column * x_col, column < width)
         if ADD:
             value += _load(residual + row * residual_row + column * residual_col, column < width)
@@ -97,7 +99,7 @@ def rms_norm_forward_wide_kernel(
         squares += value * value
     scale = tl.rsqrt(tl.sum(squares, 0) / width + eps)
     for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+        column = (start + tl.arange(0, BLOCK)).to(tl.int64)
         value = _load(x + row * x_row + column * x_col, column < width)
         if ADD:
             value += _load(residual + row * residual_row + column * residual_col, column < width)
@@ -120,9 +122,7 @@ def rms_norm_backward_kernel(
     """
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
-    column = tl.arange(0, BLOCK)[None, :]
-    if WANT_X:
-        w = _load(weight + column * weight_col, column < width)
+    column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     for top in range(first, last, ROWS):
         row = (top + tl.arange(0, ROWS)[:, None]).to(tl.int64)
@@ -132,8 +132,8 @@ def rms_norm_backward_kernel(
         g = _load(dy + row * dy_row + column * dy_col, mask)
         if WANT_WEIGHT:
             dweight += g * xhat
-        if WANT_X:
-            g *= w
+        if WANT_X:  # the weight is read again for each row: registers are scarcer than cache
+            g *= _load(weight + column * weight_col, column < width)
             mean = tl.sum(g * xhat, 1, keep_dims=True) / width
             grad = scale * (g - xhat * mean)
             if ADD:
@@ -159,7 +159,7 @@ def rms_norm_backward_wide_kernel(
         scale = tl.load(rstd + row)
         dots = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+            column = (start + tl.arange(0, BLOCK)).to(tl.int64)
             xhat = _load(x + row * x_row + column * x_col, column < width) * scale
             g = _load(dy + row * dy_row + column * dy_col, column < width)
             if WANT_X:
@@ -171,7 +171,7 @@ def rms_norm_backward_wide_kernel(
         if WANT_X:
             mean = tl.sum(dots, 0) / width
             for start in range(0, width, BLOCK):
-                column = start + tl.arange(0, BLOCK)
+                column = (start + tl.arange(0, BLOCK)).to(tl.int64)
                 xhat = _load(x + row * x_row + column * x_col, column < width) * scale
                 g = _load(dy + row * dy_row + column * dy_col, column < width)
                 g *= _load(weight + column * weight_col, column < width)
@@ -201,7 +201,9 @@ def _forward(x, residual, weight, eps):
     y, total, rstd = _fake_add(x, residual, weight, eps)
     add = residual is not None
     x, residual = library.as_rows(x), library.as_rows(residual) if add else None
-    kernel, tile = _tile(x.shape[1], rms_norm_forward_kernel, rms_norm_forward_wide_kernel)
+    kernel, tile = rms_norm_forward_kernel, _tile(x)
+    if x.shape[1] > ONE_PASS_WIDTH:
+        kernel, tile = rms_norm_forward_wide_kernel, WIDE_TILE
     library.launch(
         kernel,
         (triton.cdiv(len(x), tile["ROWS"]),),
@@ -223,7 +225,9 @@ def add_rms_norm_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
     add = want_x and dtotal is not None
     dy, x, dtotal = (library.as_rows(t) for t in (dy, total, dtotal if add else dy))
     rows, width = x.shape
-    kernel, tile = _tile(width, rms_norm_backward_kernel, rms_norm_backward_wide_kernel)
+    kernel, tile = rms_norm_backward_kernel, _tile(x)
+    if width > (ONE_PASS_WIDTH_DWEIGHT if want_weight else ONE_PASS_WIDTH):
+        kernel, tile = rms_norm_backward_wide_kernel, WIDE_TILE
     share, partial = tile["ROWS"], None
     if want_weight:  # a few programs a processor, so that partial stays small
         share = max(share, triton.cdiv(rows, 2 * library.processors(x.device)))
@@ -241,13 +245,12 @@ def add_rms_norm_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
     return dx, partial.sum(0).to(dweight_dtype) if want_weight else x.new_empty(0)
 
 
-def _tile(width, kernel, wide_kernel):
-    """The kernel for this width, and its tile: 16 elements a thread hide the memory's latency."""
-    if width > ONE_PASS_WIDTH:
-        return wide_kernel, {"ROWS": 1, "BLOCK": 4096, "num_warps": 8}
-    block = triton.next_power_of_2(width)
+def _tile(x):
+    """Whole rows, several where they are short."""
+    block = max(1, triton.next_power_of_2(x.shape[1]))
     rows = max(1, 2048 // block)
-    return kernel, {"ROWS": rows, "BLOCK": block, "num_warps": min(16, rows * block // 512)}
+    warps = library.warps_for(rows * block, x.device)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 
 def _strides(x):

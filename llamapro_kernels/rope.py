@@ -49,7 +49,7 @@ def rope_kernel(
     """All heads of one token, HEADS at a time; sign is -1 for the opposite angle."""
     token = tl.program_id(0).to(tl.int64)
     batch, time = token // length, token % length
-    column = tl.arange(0, HALF)
+    column = tl.arange(0, HALF).to(tl.int64)
     c = tl.load(cos + time * cos_time + column * cos_dim, mask=column < half, other=0)
     s = tl.load(sin + time * sin_time + column * sin_dim, mask=column < half, other=0)
     c, s = c.to(tl.float32), s.to(tl.float32) * sign
@@ -71,9 +71,9 @@ def _rotate_heads(
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None].to(tl.int64)
         mask = (head < heads) & (column < half)
-        at = x + head * x_head + column * x_dim
-        x1 = tl.load(at, mask=mask, other=0).to(tl.float32)
-        x2 = tl.load(at + half * x_dim, mask=mask, other=0).to(tl.float32)
+        at = x + head * x_head
+        x1 = tl.load(at + column * x_dim, mask=mask, other=0).to(tl.float32)
+        x2 = tl.load(at + (column + half) * x_dim, mask=mask, other=0).to(tl.float32)
         to = out + head * 2 * half + column
         tl.store(to, x1 * cos[None, :] - x2 * sin[None, :], mask=mask)
         tl.store(to + half, x2 * cos[None, :] + x1 * sin[None, :], mask=mask)
@@ -95,8 +95,8 @@ def _launch(q, k, cos, sin, sign):
     )
     batch, length, _, dim = some.shape
     heads = [0 if x is None else x.shape[2] for x in (q, k)]
-    half = triton.next_power_of_2(dim // 2)
-    tile = min(2048 // half, triton.next_power_of_2(max(heads)))  # at most 16 pairs a thread
+    half = max(1, triton.next_power_of_2(dim // 2))
+    tile = max(1, min(1024 // half, max(512 // half, triton.next_power_of_2(max(heads)))))
     library.launch(
         rope_kernel,
         (batch * length,),
@@ -108,7 +108,7 @@ def _launch(q, k, cos, sin, sign):
         WANT_K=k is not None,
         HEADS=tile,
         HALF=half,
-        num_warps=4,
+        num_warps=library.warps_for(tile * half, some.device),
     )
     return outputs
 

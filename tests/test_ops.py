@@ -374,6 +374,43 @@ def test_autocast_does_not_lower_the_sums():
         assert torch.equal(lk.flash_attention(q, q, q), expected)
 
 
+def test_targets_that_are_a_column():
+    """Targets with a stride, as a column of pairs or one for all has, are read by it."""
+    x, weight = torch.randn(6, 8, device=DEVICE), torch.randn(9, 8, device=DEVICE)
+    pairs = torch.randint(9, (6, 2), device=DEVICE)
+    for targets in (pairs[:, 0], pairs[0, :1].expand(6)):
+        for reduction in ("mean", "none"):
+            w = weight.clone().requires_grad_()
+            loss = lk.linear_cross_entropy(x, w, targets, reduction=reduction).sum()
+            expected = F.cross_entropy(F.linear(x, weight), targets, reduction=reduction).sum()
+            torch.testing.assert_close(loss, expected)
+            copied = lk.linear_cross_entropy(x, w, targets.clone(), reduction=reduction).sum()
+            assert torch.equal(*(torch.autograd.grad(o, w)[0] for o in (loss, copied)))
+
+
+@pytest.mark.parametrize("window", [5, 6, 2**31 - 1, 2**40])
+def test_a_window_that_hides_nothing(window):
+    q, k = (torch.randn(1, 5, 2, 16, device=DEVICE, requires_grad=True) for _ in "qk")
+    results = []
+    for options in ({}, {"window": window}):
+        o = lk.flash_attention(q, k, q, **options)
+        results.append([o, *torch.autograd.grad(o.sum(), (q, k))])
+    for full, windowed in zip(*results, strict=True):
+        assert torch.equal(full, windowed)
+
+
+def test_the_default_dtype_changes_nothing():
+    q = torch.randn(1, 5, 2, 16, device=DEVICE, requires_grad=True)
+    results = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            results.append(torch.autograd.grad(lk.flash_attention(q, q, q).square().sum(), q)[0])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*results)
+
+
 def test_forward_mode_is_refused():
     x, weight = torch.ones(2, 3), torch.ones(3)
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):

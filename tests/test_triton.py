@@ -128,6 +128,7 @@ def two_chunks(monkeypatch):
     module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 11 * 97)
     monkeypatch.setattr(module, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(module, "_check_targets", lambda *_: None)  # a GPU does without
 
 
 def prepare(name, wanted):
@@ -140,7 +141,7 @@ def prepare(name, wanted):
     if "x" in leaves:
         sizes["rows"] = leaves["x"].shape[:-1].numel()
         sizes["gate_up"] = sizes["rows"] * len(leaves["weight"])
-        sizes["logits"] = 11 * len(leaves["weight"])
+        sizes["logits"] = 11 * (-(-len(leaves["weight"]) // 16) * 16)  # rows begin aligned
     for key in wanted.split():
         leaves[key].requires_grad_()
     sizes["y"] = sizes.get("gate_up", 0) // 2

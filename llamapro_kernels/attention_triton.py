@@ -17,23 +17,22 @@ from llamapro_kernels.library import TensorDescriptor, tl, triton
 LOG2E = 1.4426950408889634  # the softmax is taken in base 2, for which GPUs have an instruction
 CACHE = 2**24  # bytes of the L2 that tiles which all programs of some heads read may take
 # (BLOCK_Q, BLOCK_K, warps, stages) by kernel and padded head dimension: the largest that leave no
-# register spilled. Where tensor descriptors cannot be used, sm_90 takes the tiles of sm_80, and
-# sm_100 those of sm_86.
+# register spilled. Where tensor descriptors cannot be used, newer GPUs take the tiles of sm_86.
 TILES = {
     "sm_80": {
-        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "forward": {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 2)},
     },
     "sm_86": {  # 99 KiB of shared memory
-        "forward": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "forward": {64: (64, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
-        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (16, 32, 8, 2)},
+        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 2)},
     },
     "sm_90": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         "dq": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
-        "dkv": {64: (64, 128, 8, 3), 128: (32, 128, 8, 2), 256: (16, 64, 8, 3)},
+        "dkv": {64: (64, 128, 8, 3), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)},
     },
     "sm_100": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
@@ -423,8 +422,11 @@ def flash_attention_backward(
     bounds = _document_bounds(cu_seqlens, q.shape[1])
     if want_q:
         _launch_dq(*saved, grads[0], bounds, *options)
-    if want_k or want_v:
-        dk, dv = grads[1] if want_k else None, grads[2] if want_v else None
+    dk, dv = grads[1] if want_k else None, grads[2] if want_v else None
+    if want_k and want_v and _padded(k) > 128:  # the sums of both do not fit in the registers
+        _launch_dkv(*saved, dk, None, bounds, *options)
+        _launch_dkv(*saved, None, dv, bounds, *options)
+    elif want_k or want_v:
         _launch_dkv(*saved, dk, dv, bounds, *options)
     return grads
 
@@ -523,8 +525,7 @@ def _tile_rule(kernel, *operands):
     if gpu == "interpreter":
         tile = (16, 16, 4, 1)  # so that the short sequences of tests take several
     else:
-        if not tma:
-            gpu = {"sm_90": "sm_80", "sm_100": "sm_86"}.get(gpu, gpu)
+        gpu = "sm_86" if gpu in ("sm_90", "sm_100") and not tma else gpu
         if single:
             gpu = "gfx942 fp32" if gpu == "gfx942" else "fp32"
         tile = TILES[gpu][kernel][max(64, dim)]

@@ -201,7 +201,7 @@ def _forward(x, residual, weight, eps):
     y, total, rstd = _fake_add(x, residual, weight, eps)
     add = residual is not None
     x, residual = library.as_rows(x), library.as_rows(residual) if add else None
-    kernel, tile = rms_norm_forward_kernel, _tile(x)
+    kernel, tile = rms_norm_forward_kernel, _tile(x, 16)
     if x.shape[1] > ONE_PASS_WIDTH:
         kernel, tile = rms_norm_forward_wide_kernel, WIDE_TILE
     library.launch(
@@ -225,7 +225,7 @@ def add_rms_norm_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
     add = want_x and dtotal is not None
     dy, x, dtotal = (library.as_rows(t) for t in (dy, total, dtotal if add else dy))
     rows, width = x.shape
-    kernel, tile = rms_norm_backward_kernel, _tile(x)
+    kernel, tile = rms_norm_backward_kernel, _tile(x, 8 if width <= 8192 else 16)
     if width > (ONE_PASS_WIDTH_DWEIGHT if want_weight else ONE_PASS_WIDTH):
         kernel, tile = rms_norm_backward_wide_kernel, WIDE_TILE
     share, partial = tile["ROWS"], None
@@ -245,11 +245,11 @@ def add_rms_norm_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
     return dx, partial.sum(0).to(dweight_dtype) if want_weight else x.new_empty(0)
 
 
-def _tile(x):
+def _tile(x, most_warps):
     """Whole rows, several where they are short."""
     block = max(1, triton.next_power_of_2(x.shape[1]))
     rows = max(1, 2048 // block)
-    warps = library.warps_for(rows * block, x.device)
+    warps = min(most_warps, library.warps_for(rows * block, x.device))
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 

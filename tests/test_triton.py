@@ -233,7 +233,14 @@ def test_attention_by_descriptors_in_a_batch(queries, keys, monkeypatch):
     check_attention("sm_90", (2, queries, keys), {}, monkeypatch)
 
 
-def check_attention(gpu, sizes, options, monkeypatch):
+@pytest.mark.parametrize("dim", [80, 136, 256])
+@pytest.mark.parametrize("gpu", ["sm_86", "sm_90"])
+def test_attention_with_wide_heads(gpu, dim, monkeypatch):
+    """Padded to the next power of two; beyond 128 dk and dv are launched apart."""
+    check_attention(gpu, (1, 70, 70), {}, monkeypatch, dim)
+
+
+def check_attention(gpu, sizes, options, monkeypatch, dim=64):
     if gpu == "sm_90" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no tensor descriptors")
     monkeypatch.setattr(library, "architecture", lambda device: gpu)
@@ -241,7 +248,7 @@ def check_attention(gpu, sizes, options, monkeypatch):
     if documents is not None:
         documents = torch.tensor(documents, dtype=torch.int32)
     batch, queries, keys = sizes
-    shapes = [(batch, queries, 2, 64), (batch, keys, 1, 64), (batch, keys, 1, 64)]
+    shapes = [(batch, queries, 2, dim), (batch, keys, 1, dim), (batch, keys, 1, dim)]
     inputs = [torch.randn(shape).half() for shape in (*shapes, shapes[0])]
 
     def run(function, dtype, device):
@@ -253,7 +260,7 @@ def check_attention(gpu, sizes, options, monkeypatch):
 
     with lk.use_backend("triton"), Recorder("flash_attention") as seen:
         results = run(lk.flash_attention, torch.float16, DEVICE)
-    assert seen.descriptors == (gpu == "sm_90")
+    assert seen.descriptors == (gpu == "sm_90" and dim in (64, 256))
     peer, truth = (run(plain_attention, dtype, "cpu") for dtype in (torch.float16, torch.float64))
     for ours, plain, true in zip(results, peer, truth, strict=True):
         stored = torch.finfo(torch.float16).eps / 2 * true.abs().max()

@@ -166,7 +166,8 @@ def rms_norm_backward_wide_kernel(
                 dots += g * xhat * _load(weight + column * weight_col, column < width)
             if WANT_WEIGHT:
                 share = partial + tl.program_id(0).to(tl.int64) * width + column
-                before = tl.load(share, mask=(column < width) & (row > first), other=0)
+                written = tl.where(row > first, width, 0)
+                before = tl.load(share, mask=column < written, other=0)
                 tl.store(share, before + g * xhat, mask=column < width)
         if WANT_X:
             mean = tl.sum(dots, 0) / width

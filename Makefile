@@ -3,7 +3,7 @@ PYTHON ?= python3
 STEPS ?= 60
 BIN := .venv/bin
 
-.PHONY: demo sweep test bench lint
+.PHONY: demo sweep test sanitize bench lint
 
 # The whole method on real input, to runs/demo-60/report; STEPS=200 for a longer run.
 demo: .venv/installed
@@ -13,10 +13,21 @@ demo: .venv/installed
 sweep: .venv/installed
 	$(BIN)/python -m llamapro.demo --sweep --steps $(STEPS) --out runs/sweep-$(STEPS)
 
-# The second line runs the Triton kernels in their interpreter; on a GPU the first one runs them.
+# Everything; the compiled ops with fewer and more threads than cores, and the builds for lesser
+# CPUs; all without compiled ops; the Triton kernels in their interpreter (on a GPU the first line
+# runs them).
 test: .venv/installed
 	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_triton.py tests/test_peers.py -k "not reference"
+	for set in avx512 avx2 baseline; do LLAMAPRO_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q tests/test_ops.py tests/test_cpp.py -k cpp || exit; done
+	for n in 1 5; do OMP_NUM_THREADS=$$n $(BIN)/python -m pytest -q tests/test_ops.py -k cpp || exit; done
+	LLAMAPRO_NO_EXTENSION=1 $(BIN)/python -m pytest -q tests/test_ops.py tests/test_library.py tests/test_model.py tests/test_peers.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_ops.py tests/test_triton.py tests/test_peers.py -k "not reference and not cpp"
+
+# The compiled ops, built with the address and undefined-behaviour sanitizers, on their tests.
+sanitize: .venv/installed
+	LLAMAPRO_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -q -o pythonpath=build/sanitize/lib tests/test_ops.py tests/test_cpp.py -k "cpp and not compile"
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -25,8 +36,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/installed: pyproject.toml constraints.txt
+# torch comes first, because the compiled ops are built against it.
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,demo,dev]"
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1" "setuptools>=77"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,demo,dev]"
 	touch $@

@@ -8,7 +8,18 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 15
-COPY_BYTES = 2**28  # past every cache
+FLUSH_BYTES = 2**28  # past every cache
+
+
+def interleave(functions: dict, rounds: int) -> dict:
+    """Median seconds of each; before each call the caches are filled with something else."""
+    flush = torch.zeros(FLUSH_BYTES // 4, device=DEVICE)
+    samples = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            flush.add_(1)
+            samples[name].append(_seconds(function))
+    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def _seconds(function) -> float:
@@ -21,48 +32,51 @@ def _seconds(function) -> float:
     return time.perf_counter() - start
 
 
-def _roofs() -> dict:
-    """What one copy and one matrix product reach here: callables and the work they do."""
-    source = torch.randn(COPY_BYTES // 4, device=DEVICE)
-    target = torch.empty_like(source)
+def _roof(work: dict, dtype):
+    """A function that does nothing but the work, and how many times the work it does.
+
+    bytes: a copy of that many, half of them read and half written, like every result to memory
+    that was just allocated. flops: a large matrix product.
+    """
+    (kind, amount), *_ = work.items()
+    if kind == "bytes":
+        source = torch.ones(amount // 8, device=DEVICE)
+        return source.clone, 2 * source.nbytes / amount
     size = 8192 if DEVICE == "cuda" else 1024
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in "ab")
-    return {
-        "bytes": (lambda: target.copy_(source), 2 * COPY_BYTES),
-        "flops": (lambda: a @ b, 2 * size**3),
-    }
+    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in "ab")
+    return lambda: a @ b, 2 * size**3 / amount
 
 
 @pytest.fixture
 def compare(benchmark):
-    """compare(ours, peers, bytes=... or flops=...).
+    """compare(ours, peers, bytes=... or flops=... or roof=...).
 
     ours, peers: functions of no argument that return the tensors to check; a speed is reported
-    only when all agree. bytes, flops: the least work that the result takes.
+    only when all agree. bytes, flops: the least work that the result takes, the latter in `dtype`;
+    roof: a function that does just that work.
     """
 
-    def run(ours, peers: dict, *, rtol=1e-3, atol=1e-3, **work):
-        truth = ours()
+    def run(
+        ours, peers: dict, *, rtol=1e-3, atol=1e-3, rounds=ROUNDS, dtype=torch.float32, roof=None,
+        **work,
+    ):  # fmt: skip
+        truth = [t.float() for t in ours()]
         for name, peer in peers.items():
             for a, b in zip(truth, peer(), strict=True):
-                torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=f"{name} disagrees")
-        (kind, amount), *_ = work.items()
-        roof, roof_amount = _roofs()[kind]
-        timed = {"ours": ours, **peers, "roof": roof}
-        samples = {name: [] for name in timed}
-        for _ in range(ROUNDS):
-            for name, function in timed.items():
-                samples[name].append(_seconds(function))
-        medians = {name: statistics.median(values) for name, values in samples.items()}
-        share = (amount / medians["ours"]) / (roof_amount / medians["roof"])
+                torch.testing.assert_close(
+                    a, b.float(), rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+                )
+        roof, times = (roof, 1) if roof else _roof(work, dtype)
+        medians = interleave({"ours": ours, **peers, "roof": roof}, rounds)
         benchmark.extra_info |= {
             "device": DEVICE,
             "torch": torch.__version__,
-            f"share of the {kind} roof": round(share, 3),
+            f"share of the {next(iter(work), 'matmul')} roof": round(
+                medians["roof"] / times / medians["ours"], 3
+            ),
             **{f"{name} / ours": round(medians[name] / medians["ours"], 2) for name in peers},
         }
-        benchmark.pedantic(ours, rounds=5)
+        benchmark.pedantic(ours, rounds=1)
 
     return run
 

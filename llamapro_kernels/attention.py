@@ -11,7 +11,7 @@ a gradient. Bytes moved at least:
 q, k, v, o once each; 4 B H T S D FLOPs forward (half when causal), 2.5 times that backward.
 
 The reference below holds a (T, S) block of scores per head; the kernels, in
-`attention_triton.py`, do not.
+`attention_triton.py` and csrc/attention.cpp, do not.
 
 Source: Dao 2023, "FlashAttention-2".
 """
@@ -106,6 +106,25 @@ def _fake_backward(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_
     return tuple(library.empty_if(w, t) for w, t in ((want_q, q), (want_k, k), (want_v, k)))
 
 
+def flash_attention_forward_cpp(q, k, v, cu_seqlens, causal, scale, window):
+    o, lse = _fake(q, k, v, cu_seqlens, causal, scale, window)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    library.cpp.flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, o, lse)
+    return o, lse
+
+
+def flash_attention_backward_cpp(
+    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v
+):
+    wanted = want_q, want_k, want_v
+    grads = tuple(library.empty_if(w, t) for w, t in zip(wanted, (q, k, k), strict=True))
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    library.cpp.flash_attention_backward(
+        do, q, k, v, o, lse, cu_seqlens, causal, scale, window, *grads, *wanted
+    )
+    return grads
+
+
 flash_attention_op = library.define(
     "flash_attention",
     forward="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale,"
@@ -122,6 +141,9 @@ flash_attention_op.register(
     "triton",
     forward=attention_triton.flash_attention_forward,
     backward=attention_triton.flash_attention_backward,
+)
+flash_attention_op.register(
+    "cpp", forward=flash_attention_forward_cpp, backward=flash_attention_backward_cpp
 )
 
 

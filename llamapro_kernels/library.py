@@ -10,8 +10,11 @@ Triton is optional: without it the kernels stay plain functions that nothing cal
 
 import functools
 import os
+import platform
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
@@ -56,6 +59,8 @@ class Op:
                 raise RuntimeError(
                     f"{self.name} has no {forced!r} backend, it has {sorted(self.implementations)}"
                 )
+            if forced == "cpp" and WHY_NO_EXTENSION:
+                raise RuntimeError(f"{self.name} has no 'cpp' backend here: {WHY_NO_EXTENSION}")
             return forced
         return next(
             b for b in BACKENDS if b in self.implementations and _runs_on(b, device_type, dtype)
@@ -80,6 +85,8 @@ class Op:
         def serve(*args):
             tensor = next(a for a in args if isinstance(a, torch.Tensor))
             backend = self.backend_for(tensor.device.type, tensor.dtype)
+            if backend == "reference" and tensor.device.type == "cpu":
+                _say_once_that_cpu_ops_are_missing()
             with torch.autocast(tensor.device.type, enabled=False):  # sums stay in fp32
                 outputs = self.implementations[backend][kind](*args)
             if isinstance(outputs, torch.Tensor):
@@ -127,6 +134,49 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _forced[:] = [other for other in _forced if other is not entry]
+
+
+def _instruction_set() -> str:
+    """The best of the builds of csrc/ that this CPU can run; LLAMAPRO_CPU_CAPABILITY names one."""
+    if asked := os.environ.get("LLAMAPRO_CPU_CAPABILITY"):
+        return asked
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "baseline"
+    if platform.machine() != "x86_64" or not flags >= {"avx2", "fma", "f16c", "bmi2", "movbe"}:
+        return "baseline"
+    if not flags >= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}:
+        return "avx2"
+    return "avx512_bf16" if "avx512_bf16" in flags else "avx512"
+
+
+def _load_extension() -> str | None:
+    """Load the compiled CPU ops as torch.ops.llamapro_cpp. Returns why there are none, or None."""
+    if os.environ.get("LLAMAPRO_NO_EXTENSION") == "1":
+        return "LLAMAPRO_NO_EXTENSION is 1"
+    path = Path(__file__).parent / f"cpu_{_instruction_set()}.so"
+    if not path.exists():
+        return f"{path.name} was not built"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+cpp = torch.ops.llamapro_cpp
+WHY_NO_EXTENSION = _load_extension()
+
+
+@functools.cache
+def _say_once_that_cpu_ops_are_missing() -> None:
+    if not _forced and WHY_NO_EXTENSION and os.environ.get("LLAMAPRO_NO_EXTENSION") != "1":
+        warnings.warn(
+            f"llamapro_kernels: PyTorch serves the ops on a CPU, more slowly: {WHY_NO_EXTENSION}."
+            " `pip install --no-build-isolation` builds them where there is a C++ compiler.",
+            stacklevel=2,
+        )
 
 
 def jit(function: Callable) -> Callable:
@@ -179,6 +229,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def contiguous_fp32(x: torch.Tensor | None) -> torch.Tensor | None:
+    """For the small constants of an op in C++: a norm's weight, a rotary table."""
+    return None if x is None else x.float().contiguous()
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are accumulated in: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -218,4 +273,4 @@ def _runs_on(backend: str, device_type: str, dtype: torch.dtype) -> bool:
         # The interpreter's bf16 is wrong: its dot reads the bits as integers, its add gives NaN.
         interpretable = INTERPRETED and dtype != torch.bfloat16
         return triton is not None and (device_type == "cuda" or interpretable)
-    return device_type == "cpu"
+    return device_type == "cpu" and WHY_NO_EXTENSION is None

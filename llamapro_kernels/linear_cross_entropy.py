@@ -16,15 +16,17 @@ forward is Liger-Kernel's idea (Hsu et al. 2024).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from llamapro_kernels import library
 from llamapro_kernels.library import tl, triton
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
-# On a GPU each chunk reads the whole weight again (and adds to the whole of dweight): this many
-# tokens, at least, make that small beside the products.
-CHUNK_TOKENS = 2048
+# Each chunk reads the whole weight again (and adds to the whole of dweight): this many tokens, at
+# least, make that small beside the products.
+CHUNK_TOKENS, CHUNK_TOKENS_CPU = 2048, 512
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -132,22 +134,15 @@ def dlogits_kernel(
     tl.store(logits, tl.where(target == ignore_index, 0.0, dz), mask=column < vocabulary)
 
 
-def linear_cross_entropy_forward(x, weight, targets, ignore_index, per_token, want_x, want_weight):
+def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *, softmax):
+    """softmax(logits, targets, ignore_index, losses, lse, want) turns logits to their gradient."""
     _check_targets(targets, ignore_index, weight.shape[0])
     losses, lse, dx, dweight = _fake(x, weight, targets, ignore_index, True, want_x, want_weight)
     dweight.zero_()
     targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):
-        library.launch(
-            cross_entropy_kernel,
-            (len(logits),),
-            *(logits, targets[rows], losses[rows], lse[rows]),
-            *(logits.stride(0), weight.shape[0], ignore_index),
-            BLOCK=min(4096, triton.next_power_of_2(weight.shape[0])),
-            num_warps=8,
-        )
-        if want_x or want_weight:
-            _launch_dlogits(logits, targets[rows], lse[rows], None, ignore_index)
+        want = want_x or want_weight
+        softmax(logits, targets[rows], ignore_index, losses[rows], lse[rows], want)
         if want_x:
             torch.mm(logits, weight, out=dx[rows])
         if want_weight:
@@ -155,26 +150,42 @@ def linear_cross_entropy_forward(x, weight, targets, ignore_index, per_token, wa
     return losses if per_token else losses.sum(), lse, dx, dweight
 
 
-def linear_cross_entropy_backward(dloss, x, weight, targets, lse, ignore_index):
+def _backward_weight(dloss, x, weight, targets, lse, ignore_index, *, gradient):
+    """gradient(logits, targets, ignore_index, lse, dloss) turns logits to their gradient."""
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
     targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):
-        _launch_dlogits(logits, targets[rows], lse[rows], dloss[rows], ignore_index)
+        gradient(logits, targets[rows], ignore_index, lse[rows], dloss[rows])
         _add_product(dweight, logits.T, x[rows])
     return dweight.to(weight.dtype)
 
 
 def _logits_by_chunk(x, weight):
     """(rows, their logits), chunk by chunk in one buffer; its rows start where loads are widest."""
-    chunks, vocabulary = _chunks(x, weight, CHUNK_TOKENS), weight.shape[0]
+    least = CHUNK_TOKENS_CPU if x.device.type == "cpu" else CHUNK_TOKENS
+    chunks = _chunks(x, weight, least)
+    vocabulary = weight.shape[0]
     length = min(len(x), chunks[0].stop) if chunks else 0
-    buffer = x.new_empty((length, triton.cdiv(vocabulary, 16) * 16))
+    buffer = x.new_empty((length, (vocabulary + 15) // 16 * 16))
     for rows in chunks:
         logits = buffer[: len(x[rows]), :vocabulary]
         yield rows, torch.mm(x[rows], weight.T, out=logits)
 
 
-def _launch_dlogits(logits, targets, lse, dloss, ignore_index):
+def _softmax_triton(logits, targets, ignore_index, losses, lse, want_gradient):
+    library.launch(
+        cross_entropy_kernel,
+        (len(logits),),
+        *(logits, targets, losses, lse),
+        *(logits.stride(0), logits.shape[1], ignore_index),
+        BLOCK=min(4096, triton.next_power_of_2(logits.shape[1])),
+        num_warps=8,
+    )
+    if want_gradient:
+        _gradient_triton(logits, targets, ignore_index, lse, None)
+
+
+def _gradient_triton(logits, targets, ignore_index, lse, dloss):
     vocabulary = logits.shape[1]
     block = min(2048, triton.next_power_of_2(vocabulary))
     library.launch(
@@ -185,6 +196,15 @@ def _launch_dlogits(logits, targets, lse, dloss, ignore_index):
         BLOCK=block,
         num_warps=4,
     )
+
+
+def _softmax_cpp(logits, targets, ignore_index, losses, lse, want_gradient):
+    library.cpp.cross_entropy(logits, targets, ignore_index, lse, losses, None, want_gradient)
+
+
+def _gradient_cpp(logits, targets, ignore_index, lse, dloss):
+    dloss = library.contiguous_fp32(dloss)
+    library.cpp.cross_entropy(logits, targets, ignore_index, lse, None, dloss, True)
 
 
 def _add_product(total, a, b):
@@ -222,7 +242,14 @@ linear_cross_entropy_op.register(
     backward=linear_cross_entropy_backward_reference,
 )
 linear_cross_entropy_op.register(
-    "triton", forward=linear_cross_entropy_forward, backward=linear_cross_entropy_backward
+    "triton",
+    forward=partial(_forward, softmax=_softmax_triton),
+    backward=partial(_backward_weight, gradient=_gradient_triton),
+)
+linear_cross_entropy_op.register(
+    "cpp",
+    forward=partial(_forward, softmax=_softmax_cpp),
+    backward=partial(_backward_weight, gradient=_gradient_cpp),
 )
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 
 from llamapro_kernels import library
 from llamapro_kernels.library import TensorDescriptor, tl, triton
-from llamapro_kernels.swiglu import swiglu_reference
+from llamapro_kernels.swiglu import swiglu_forward_cpp, swiglu_reference
 
 # (BLOCK_M, BLOCK_I, BLOCK_N, warps, stages): tokens, columns of y, and the summed dimension.
 TILES = {
@@ -40,6 +40,10 @@ TILES = {
 def linear_swiglu_reference(x, weight):
     """Ground truth: silu(gate) * up of the projection, rounded as a linear layer would."""
     return swiglu_reference(linear(x, weight))
+
+
+def linear_swiglu_forward_cpp(x, weight):
+    return swiglu_forward_cpp(linear(x, weight))
 
 
 def linear_swiglu_backward(dy, x, weight, want_x, want_weight):
@@ -152,6 +156,7 @@ linear_swiglu_op.register(
     "reference", forward=linear_swiglu_reference, backward=linear_swiglu_backward
 )
 linear_swiglu_op.register("triton", forward=linear_swiglu_forward, backward=linear_swiglu_backward)
+linear_swiglu_op.register("cpp", forward=linear_swiglu_forward_cpp, backward=linear_swiglu_backward)
 
 
 def _setup_context(ctx, inputs, output):

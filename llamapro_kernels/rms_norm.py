@@ -254,6 +254,38 @@ def _tile(x, most_warps):
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 
+def rms_norm_forward_cpp(x, weight, eps):
+    y, _, rstd = add_rms_norm_forward_cpp(x, None, weight, eps)
+    return y, rstd
+
+
+def add_rms_norm_forward_cpp(x, residual, weight, eps):
+    y, total, rstd = _fake_add(x, residual, weight, eps)
+    x, residual, *outputs = (
+        None if t is None else library.as_rows(t) for t in (x, residual, y, total)
+    )
+    library.cpp.rms_norm_forward(x, residual, library.contiguous_fp32(weight), eps, *outputs, rstd)
+    return y, total, rstd
+
+
+def rms_norm_backward_cpp(dy, x, weight, rstd, dweight_dtype):
+    return add_rms_norm_backward_cpp(dy, None, x, weight, rstd, dweight_dtype)
+
+
+def add_rms_norm_backward_cpp(dy, dtotal, total, weight, rstd, dweight_dtype):
+    want_x, want_weight = weight is not None, dweight_dtype is not None
+    dx, partial = library.empty_if(want_x, total), None
+    dtotal = library.as_rows(dtotal) if want_x and dtotal is not None else None
+    dy, x = library.as_rows(dy), library.as_rows(total)
+    if want_weight:
+        partial = x.new_empty((torch.get_num_threads(), x.shape[1]), dtype=torch.float32)
+    library.cpp.rms_norm_backward(
+        *(dy, dtotal, x, library.contiguous_fp32(weight), rstd),
+        *(library.as_rows(dx) if want_x else None, partial),
+    )
+    return dx, partial.sum(0).to(dweight_dtype) if want_weight else x.new_empty(0)
+
+
 def _strides(x):
     return (0, 0) if x is None else x.stride()
 
@@ -290,6 +322,7 @@ rms_norm_op = library.define(
 )
 rms_norm_op.register("reference", forward=rms_norm_reference, backward=rms_norm_backward_reference)
 rms_norm_op.register("triton", forward=rms_norm_forward, backward=rms_norm_backward)
+rms_norm_op.register("cpp", forward=rms_norm_forward_cpp, backward=rms_norm_backward_cpp)
 add_rms_norm_op = library.define(
     "add_rms_norm",
     forward="(Tensor x, Tensor residual, Tensor weight, float eps)"
@@ -302,6 +335,9 @@ add_rms_norm_op.register(
     "reference", forward=add_rms_norm_reference, backward=add_rms_norm_backward_reference
 )
 add_rms_norm_op.register("triton", forward=add_rms_norm_forward, backward=add_rms_norm_backward)
+add_rms_norm_op.register(
+    "cpp", forward=add_rms_norm_forward_cpp, backward=add_rms_norm_backward_cpp
+)
 
 
 def _setup_context(ctx, inputs, output):

@@ -113,6 +113,23 @@ def _launch(q, k, cos, sin, sign):
     return outputs
 
 
+def rope_forward_cpp(q, k, cos, sin):
+    return _rotate_cpp(q, k, cos, sin, 1.0)
+
+
+def rope_backward_cpp(dq, dk, cos, sin, want_q, want_k):
+    return _rotate_cpp(dq if want_q else None, dk if want_k else None, cos, sin, -1.0)
+
+
+def _rotate_cpp(q, k, cos, sin, sign):
+    cos, sin = library.contiguous_fp32(cos), library.contiguous_fp32(sin)
+    outputs = _fake_backward(q, k, cos, sin, q is not None, k is not None)
+    for x, out in zip((q, k), outputs, strict=True):
+        if x is not None:
+            library.cpp.rope(x, cos, sin, sign, out)
+    return outputs
+
+
 def _fake(q, k, cos, sin):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -131,6 +148,7 @@ rope_op = library.define(
 )
 rope_op.register("reference", forward=rope_reference, backward=rope_backward_reference)
 rope_op.register("triton", forward=rope_forward, backward=rope_backward)
+rope_op.register("cpp", forward=rope_forward_cpp, backward=rope_backward_cpp)
 
 
 def _setup_context(ctx, inputs, output):

@@ -85,6 +85,18 @@ def swiglu_backward(dy, gate_up):
     return dgate_up
 
 
+def swiglu_forward_cpp(gate_up):
+    y = _fake(gate_up)
+    library.cpp.swiglu_forward(library.as_rows(gate_up), library.as_rows(y))
+    return y
+
+
+def swiglu_backward_cpp(dy, gate_up):
+    dgate_up = _fake_backward(dy, gate_up)
+    library.cpp.swiglu_backward(*map(library.as_rows, (dy, gate_up, dgate_up)))
+    return dgate_up
+
+
 def _tiling(gate_up, width):
     block = max(1, min(1024, triton.next_power_of_2(width)))
     rows = 1024 // block
@@ -108,6 +120,7 @@ swiglu_op = library.define(
 )
 swiglu_op.register("reference", forward=swiglu_reference, backward=swiglu_backward_reference)
 swiglu_op.register("triton", forward=swiglu_forward, backward=swiglu_backward)
+swiglu_op.register("cpp", forward=swiglu_forward_cpp, backward=swiglu_backward_cpp)
 
 
 def _setup_context(ctx, inputs, output):

@@ -61,6 +61,7 @@ def extra_backend(monkeypatch):
         return op.implementations["reference"]["forward"](x, weight, eps)
 
     op.register("cpp", forward=forward, backward=op.implementations["reference"]["backward"])
+    monkeypatch.setattr(library, "WHY_NO_EXTENSION", None)
     return calls
 
 
@@ -78,13 +79,42 @@ def test_fp64_goes_to_the_reference(extra_backend):
     assert extra_backend == []
 
 
-def test_a_missing_backend_is_an_error_not_a_fallback(extra_backend):
-    with lk.use_backend("cpp"), pytest.raises(RuntimeError, match="swiglu has no 'cpp'"):
+def test_a_missing_backend_is_an_error_not_a_fallback(monkeypatch):
+    op = library._ops["swiglu"]
+    monkeypatch.setattr(op, "implementations", {"reference": op.implementations["reference"]})
+    with lk.use_backend("triton"), pytest.raises(RuntimeError, match="swiglu has no 'triton'"):
+        lk.swiglu(torch.ones(2, 4))
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "WHY_NO_EXTENSION", "cpu_avx2 was not built")
+    with (
+        lk.use_backend("cpp"),
+        pytest.raises(RuntimeError, match="here: cpu_avx2 was not built"),
+    ):
         lk.swiglu(torch.ones(2, 4))
 
 
-def python(code):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+def test_a_machine_without_compiled_ops_is_told_so_once():
+    code = """
+    import warnings, torch
+    import llamapro_kernels as lk
+    from llamapro_kernels import library
+    assert set(lk.backends("cpu").values()) == {"reference"}, lk.backends("cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            lk.swiglu(torch.ones(2, 4))
+            lk.swiglu(torch.ones(2, 4).double())
+    print(*(str(w.message) for w in caught), sep="\\n")
+    """
+    said = python(
+        "import pathlib; pathlib.Path.exists = lambda path: False\n" + textwrap.dedent(code)
+    )
+    assert said.stdout.count("more slowly") == 1 and "was not built" in said.stdout
+    assert python(code, LLAMAPRO_NO_EXTENSION="1").stdout.strip() == ""  # who asked for it, knows
+
+
+def python(code, **variables):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 

@@ -48,6 +48,7 @@ def small_chunks(monkeypatch):
     module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 300)
     monkeypatch.setattr(module, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(module, "CHUNK_TOKENS_CPU", 3)
 
 
 @pytest.fixture(autouse=True)

@@ -128,6 +128,7 @@ def two_chunks(monkeypatch):
     module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 11 * 97)
     monkeypatch.setattr(module, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(module, "CHUNK_TOKENS_CPU", 1)
     monkeypatch.setattr(module, "_check_targets", lambda *_: None)  # a GPU does without
 
 

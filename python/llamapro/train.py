@@ -17,7 +17,7 @@ from llamapro import run_state
 from llamapro.checkpoint import Checkpoint, stock_tensors
 from llamapro.data import Rows, load_tokens
 from llamapro.evaluate import perplexity
-from llamapro.hardware import peak_memory, pick_device, pick_dtype
+from llamapro.hardware import keep_freed_memory, peak_memory, pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.optimizer import Optimizer
 from llamapro.progress import Progress
@@ -109,6 +109,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     if not resume and Path(config.out).exists():
         raise FileExistsError(f"{config.out} exists: resume it, or name a new run directory")
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.dtype == "auto":
         started = run_state.settings(config.out)["dtype"] if resume else pick_dtype(device)
         config = replace(config, dtype=started)

@@ -1,0 +1,813 @@
+// Flash attention; the formulas are in llamapro_kernels/attention.py.
+//
+// Scores are held transposed, keys by queries: 64 queries are the lanes of a few vectors, so that
+// maxima, sums and masks need no work across lanes. Every product is of one form, C += A B: an
+// element of A is broadcast against a row of B. In bf16, where the machine multiplies it, an element
+// is a pair of neighbours along the summed dimension; otherwise it is one float. The copies that
+// bring q, k, v and do into these forms are those of one head at a time.
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+
+#include "common.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace llamapro {
+namespace {
+
+// The vectors of the machine, and how many of them a product keeps in registers: ROWS x COLUMNS.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 6, COLUMNS = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, ROWS = 6, COLUMNS = 2;
+#else
+constexpr int LANES = 4, ROWS = 6, COLUMNS = 2;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+
+constexpr int64_t QUERIES = 64;  // of a block
+constexpr int64_t KEYS = 128;
+constexpr float LOG2E = 1.442695041f, LN2 = 0.693147181f;
+
+template <class V, class Element>
+inline V load(const Element* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(Vec)); }
+
+inline Vec exp2(Vec x) { return llamapro::exp2<Vec, IntVec>(x); }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline bool all_equal(Vec a, Vec b) {
+  const IntVec same = a == b;
+  int32_t all = -1;
+  for (int i = 0; i < LANES; ++i) all &= same[i];
+  return all != 0;
+}
+
+inline int64_t round_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+// Uninitialised memory at the start of a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats)
+      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(4 * floats + 64, 64))), std::free) {
+    STD_TORCH_CHECK(data_, "out of memory: attention needs ", 4 * floats, " bytes");
+  }
+  operator float*() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<float, void (*)(void*)> data_;
+};
+
+// Elements of a product, 32 bits each and held as float whatever they are.
+
+struct Single {
+  static constexpr int64_t WIDTH = 1;  // numbers in an element
+
+  static Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
+  // A row of numbers; then a row of elements whose numbers come from two rows.
+  static void store_row(float* to, int64_t at, Vec value) { store(to + at, value); }
+  static void store_pair(float* to, Vec first, Vec) { store(to, first); }
+
+  template <class T>
+  static void pack_row(const T* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+  template <class T>
+  static void pack_pair(const T* first, const T*, int64_t count, float* to) {
+    pack_row(first, count, to);
+  }
+};
+
+#ifdef __AVX512BF16__
+struct Pair {
+  static constexpr int64_t WIDTH = 2;
+
+  static Vec multiply_add(Vec sum, float a, Vec b) {
+    const __m512i both = _mm512_set1_epi32(bit_cast<int32_t>(a));
+    return _mm512_dpbf16_ps(sum, (__m512bh)both, (__m512bh)b);
+  }
+  static void store_row(float* to, int64_t at, Vec value) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(value);
+    std::memcpy(reinterpret_cast<BFloat16*>(to) + at, &rounded, sizeof(rounded));
+  }
+  static void store_pair(float* to, Vec first, Vec second) {
+    alignas(64) static constexpr uint16_t zip[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    store(to, (Vec)_mm512_permutexvar_epi16(load<__m512i>(zip), rounded));
+  }
+
+  static void pack_row(const BFloat16* from, int64_t count, float* to) {
+    std::memcpy(to, from, count * sizeof(BFloat16));
+  }
+  static void pack_pair(
+      const BFloat16* first, const BFloat16* second, int64_t count, float* to) {
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+    for (int64_t i = 0; i < count; ++i)
+      pairs[i] = first[i].bits | (second ? static_cast<uint32_t>(second[i].bits) << 16 : 0);
+  }
+};
+#endif
+
+template <class T>
+struct ElementOf {
+  using type = Single;
+};
+#ifdef __AVX512BF16__
+template <>
+struct ElementOf<BFloat16> {
+  using type = Pair;
+};
+#endif
+
+struct Operand {
+  float* data;
+  int64_t stride;
+
+  float* row(int64_t index) const { return data + index * stride; }
+};
+
+// R rows and C vectors of c (+)= a b, in registers.
+template <class Element, int R, int C>
+inline void multiply_tile(Operand a, Operand b, Operand c, int64_t depth, bool add) {
+  Vec sums[R][C];
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) sums[i][j] = add ? load<Vec>(c.row(i) + j * LANES) : Vec{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec right[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) right[j] = load<Vec>(b.row(k) + j * LANES);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j)
+        sums[i][j] = Element::multiply_add(sums[i][j], a.row(i)[k], right[j]);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) store(c.row(i) + j * LANES, sums[i][j]);
+}
+
+template <class Element, int C, int R = ROWS>
+inline void multiply_rows(
+    Operand a, Operand b, Operand c, int64_t rows, int64_t depth, bool add) {
+  for (; rows >= R; rows -= R) {
+    multiply_tile<Element, R, C>(a, b, c, depth, add);
+    a.data += R * a.stride;
+    c.data += R * c.stride;
+  }
+  if constexpr (R > 1) multiply_rows<Element, C, R - 1>(a, b, c, rows, depth, add);
+}
+
+// c (rows, columns) = a (rows, depth) b (depth, columns), or += ; columns a multiple of LANES.
+template <class Element, int C = COLUMNS>
+void multiply(
+    Operand a, Operand b, Operand c, int64_t rows, int64_t columns, int64_t depth, bool add) {
+  for (; columns >= C * LANES; columns -= C * LANES) {
+    multiply_rows<Element, C>(a, b, c, rows, depth, add);
+    b.data += C * LANES;
+    c.data += C * LANES;
+  }
+  if constexpr (C > 1) multiply<Element, C - 1>(a, b, c, rows, columns, depth, add);
+}
+
+// A stage of the transposition of LANES vectors: swaps what lies STEP off the diagonal.
+template <int STEP>
+inline void transpose_stage(Vec (&v)[LANES]) {
+#if defined(__GNUC__) && !defined(__clang__)
+  IntVec low{}, high{};
+#pragma GCC unroll 16
+  for (int j = 0; j < LANES; ++j) {
+    low[j] = j & STEP ? LANES + j - STEP : j;
+    high[j] = j & STEP ? LANES + j : j + STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & STEP) continue;
+    const Vec upper = __builtin_shuffle(v[i], v[i + STEP], low);
+    v[i + STEP] = __builtin_shuffle(v[i], v[i + STEP], high);
+    v[i] = upper;
+  }
+#else
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < LANES; ++j)
+      if (!(i & STEP) && (j & STEP)) {
+        const float kept = v[i][j];
+        v[i][j] = v[i + STEP][j - STEP];
+        v[i + STEP][j - STEP] = kept;
+      }
+#endif
+  if constexpr (2 * STEP < LANES) transpose_stage<2 * STEP>(v);
+}
+
+// to (columns, rows) = from (rows, columns) transposed.
+void transpose(Operand from, int64_t rows, int64_t columns, Operand to) {
+  const int64_t whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
+  for (int64_t r = 0; r < whole_rows; r += LANES) {
+    for (int64_t c = 0; c < whole_columns; c += LANES) {
+      Vec v[LANES];
+      for (int i = 0; i < LANES; ++i) v[i] = load<Vec>(from.row(r + i) + c);
+      transpose_stage<1>(v);
+      for (int i = 0; i < LANES; ++i) store(to.row(c + i) + r, v[i]);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      to.row(c)[r] = from.row(r)[c];
+}
+
+// One head of a (B, T, H, D) tensor: rows of D numbers.
+template <class T>
+struct Head {
+  T* data;
+  int64_t length, dim, stride, dim_stride;
+
+  Head(const Tensor& tensor, int64_t batch, int64_t head)
+      : data(static_cast<T*>(tensor.data_ptr()) + batch * tensor.stride(0) +
+             head * tensor.stride(2)),
+        length(tensor.size(1)),
+        dim(tensor.size(3)),
+        stride(tensor.stride(1)),
+        dim_stride(tensor.stride(3)) {}
+
+  T* row(int64_t index) const { return data + index * stride; }
+};
+
+// Brings rows of a head into the forms of a product. dim is padded to whole vectors.
+template <class T, class Element = typename ElementOf<T>::type>
+class Packer {
+ public:
+  explicit Packer(int64_t dim)
+      : dim_(dim),
+        elements_((dim + Element::WIDTH - 1) / Element::WIDTH),
+        padded_(round_up(dim, LANES)),
+        scratch_(KEYS * padded_) {}
+
+  int64_t elements() const { return elements_; }  // along dim
+  int64_t padded() const { return padded_; }
+
+  // (count, elements): a row of numbers is a row of elements.
+  void rows(const Head<T>& head, int64_t first, int64_t count, Operand to) {
+    for (int64_t i = 0; i < count; ++i) {
+      to.row(i)[elements_ - 1] = 0;  // the partner of the last number, where dim is odd
+      Element::pack_row(row(head, first + i, first_), dim_, to.row(i));
+    }
+  }
+
+  // (elements, QUERIES): the same transposed, and zeros beyond count up to a whole vector.
+  void columns(const Head<T>& head, int64_t first, int64_t count, Operand to) {
+    rows(head, first, count, {scratch_, elements_});
+    const int64_t whole = round_up(count, LANES);
+    std::fill(scratch_ + count * elements_, scratch_ + whole * elements_, 0.0f);
+    transpose({scratch_, elements_}, whole, elements_, to);
+  }
+
+  // (ceil(count / WIDTH), padded): elements along the rows; zeros beyond count and dim.
+  void interleaved(const Head<T>& head, int64_t first, int64_t count, Operand to) {
+    for (int64_t i = 0; i < count; i += Element::WIDTH) {
+      const T* upper = row(head, first + i, first_);
+      const T* lower = i + 1 < count ? row(head, first + i + 1, second_) : nullptr;
+      float* out = to.row(i / Element::WIDTH);
+      Element::pack_pair(upper, lower, dim_, out);
+      std::fill(out + dim_, out + padded_, 0.0f);
+    }
+  }
+
+  // (dim, ceil(count / WIDTH)): the same transposed.
+  void interleaved_columns(const Head<T>& head, int64_t first, int64_t count, Operand to) {
+    interleaved(head, first, count, {scratch_, padded_});
+    transpose({scratch_, padded_}, (count + Element::WIDTH - 1) / Element::WIDTH, dim_, to);
+  }
+
+ private:
+  static const T* row(const Head<T>& head, int64_t index, std::vector<T>& scratch) {
+    return neighbours<T>(head.row(index), head.dim, head.dim_stride, scratch);
+  }
+
+  int64_t dim_, elements_, padded_;
+  Buffer scratch_;
+  std::vector<T> first_, second_;
+};
+
+// What is seen: each query sees the keys low..high. Both rise with the query.
+class Visible {
+ public:
+  Visible(
+      int64_t queries, int64_t keys, const std::optional<Tensor>& documents, bool causal,
+      std::optional<int64_t> window)
+      : low_(round_up(queries, QUERIES), 0), high_(low_.size(), 0) {
+    const int32_t* cuts =
+        documents ? static_cast<const int32_t*>(documents->data_ptr()) : nullptr;
+    for (int64_t query = 0, document = 0; query < queries; ++query) {
+      int64_t low = 0, high = keys;
+      if (cuts) {
+        while (document + 2 < documents->numel() && cuts[document + 1] <= query) ++document;
+        low = std::clamp<int64_t>(cuts[document], 0, keys);
+        high = std::clamp<int64_t>(cuts[document + 1], low, keys);
+      }
+      if (causal) {
+        high = std::min(high, std::max<int64_t>(0, query + keys - queries + 1));
+        if (window) low = std::max(low, high - *window);
+      }
+      low_[query] = static_cast<int32_t>(low);
+      high_[query] = static_cast<int32_t>(high);
+    }
+  }
+
+  // Keys that some query of first..first + count sees.
+  int64_t begin(int64_t first) const { return low_[first]; }
+  int64_t end(int64_t first, int64_t count) const { return high_[first + count - 1]; }
+
+  // Whether all of these queries, and all of their vectors' lanes, see the keys begin..end.
+  bool all(int64_t first, int64_t count, int64_t begin, int64_t end) const {
+    return count % LANES == 0 && low_[first + count - 1] <= begin && end <= high_[first];
+  }
+
+  // For LANES queries, whether they see a key.
+  IntVec lanes(int64_t first, int32_t key) const {
+    return (load<IntVec>(&low_[first]) <= key) & (load<IntVec>(&high_[first]) > key);
+  }
+
+ private:
+  std::vector<int32_t> low_, high_;  // with queries that see nothing up to a whole block
+};
+
+// Runs task(index) for all tasks, each as soon as a thread is free; a thread makes its own worker.
+template <class MakeWorker>
+void run_tasks(int64_t tasks, const MakeWorker& make_worker) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto worker = make_worker();
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) worker(task);
+  });
+}
+
+// In how many parts the blocks of a head are cut, so that each thread finds a few tasks.
+int64_t parts_of_a_head(int64_t heads, int64_t blocks, int64_t tasks_per_thread) {
+  const int64_t wanted = tasks_per_thread * torch::stable::get_num_threads();
+  const int64_t parts = (wanted + heads - 1) / std::max<int64_t>(1, heads);
+  return std::max<int64_t>(1, std::min(parts, blocks));
+}
+
+struct Options {
+  float scale;
+  Visible visible;
+};
+
+// Forward. A task is the query heads of one key head, and a part of their query blocks.
+
+template <class T>
+class Forward {
+  using Element = typename ElementOf<T>::type;
+
+ public:
+  Forward(int64_t keys, int64_t dim, const Options& options)
+      : options_(options),
+        scale_(options.scale * LOG2E),
+        packer_(dim),
+        dim_(dim),
+        k_(round_up(keys, KEYS) * packer_.elements()),
+        v_(round_up(keys, KEYS) * dim),
+        q_(packer_.elements() * QUERIES),
+        scores_(KEYS * QUERIES),
+        p_(KEYS * QUERIES),
+        o_(dim * QUERIES),
+        turned_(QUERIES * dim) {}
+
+  // Keys begin..end, which start at a block.
+  void take_keys(const Head<T>& k, const Head<T>& v, int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += KEYS) {
+      const int64_t count = std::min(KEYS, end - first);
+      packer_.rows(k, first, count, k_block(first));
+      packer_.interleaved_columns(v, first, count, v_block(first));
+    }
+  }
+
+  void queries(const Head<T>& q, int64_t first, const Head<T>& o, float* lse) {
+    const int64_t count = std::min(QUERIES, q.length - first);
+    const int64_t end = options_.visible.end(first, count);
+    packer_.columns(q, first, count, {q_, QUERIES});
+    std::fill_n(peak_, QUERIES, -INFINITY);
+    std::fill_n(total_, QUERIES, 0.0f);
+    bool seen = false;
+    for (int64_t key = options_.visible.begin(first) / KEYS * KEYS; key < end; key += KEYS) {
+      attend(first, count, key, std::min(KEYS, end - key), seen);
+      seen = true;
+    }
+    if (!seen) std::fill_n(static_cast<float*>(o_), dim_ * QUERIES, 0.0f);
+    finish(o, first, count, lse);
+  }
+
+ private:
+  Operand k_block(int64_t first) const {
+    return {k_ + first * packer_.elements(), packer_.elements()};
+  }
+  Operand v_block(int64_t first) const {
+    return {v_ + first / Element::WIDTH * dim_, KEYS / Element::WIDTH};
+  }
+
+  void attend(int64_t first, int64_t queries, int64_t key, int64_t keys, bool seen) {
+    const int64_t columns = round_up(queries, LANES), rows = round_up(keys, Element::WIDTH);
+    // A row that fills up the last element is hidden too.
+    const bool masked = !options_.visible.all(first, queries, key, key + rows);
+    multiply<Element>(
+        k_block(key), {q_, QUERIES}, {scores_, QUERIES}, keys, columns, packer_.elements(), false);
+    for (int64_t lane = 0; lane < columns; lane += LANES) {
+      if (masked) hide(first + lane, lane, key, rows);
+      softmax(lane, rows, seen);
+    }
+    const int64_t depth = rows / Element::WIDTH;
+    multiply<Element>(v_block(key), {p_, QUERIES}, {o_, QUERIES}, dim_, columns, depth, seen);
+  }
+
+  void hide(int64_t query, int64_t lane, int64_t key, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* score = scores_ + i * QUERIES + lane;
+      const IntVec seen = options_.visible.lanes(query, static_cast<int32_t>(key + i));
+      store(score, seen ? load<Vec>(score) : Vec{} - INFINITY);
+    }
+  }
+
+  // The online softmax of one vector of queries: scores become p, what there was is scaled down.
+  void softmax(int64_t lane, int64_t rows, bool seen) {
+    const float* scores = scores_ + lane;
+    float* pairs = p_ + lane;
+    const float scale = scale_;
+    const Vec before = load<Vec>(peak_ + lane);
+    const Vec peak = larger(before, largest(scores, rows) * scale);
+    // A query that has seen nothing has a peak of -inf; 0 in its place gives p = 0 and not NaN.
+    const Vec base = peak == -INFINITY ? Vec{} : peak;
+    Vec sums[Element::WIDTH] = {};
+    for (int64_t i = 0; i < rows; i += Element::WIDTH) {
+      Vec p[Element::WIDTH];
+      for (int64_t j = 0; j < Element::WIDTH; ++j) {
+        p[j] = exp2(load<Vec>(scores + (i + j) * QUERIES) * scale - base);
+        sums[j] += p[j];
+      }
+      Element::store_pair(pairs + i / Element::WIDTH * QUERIES, p[0], p[Element::WIDTH - 1]);
+    }
+    for (int64_t j = 1; j < Element::WIDTH; ++j) sums[0] += sums[j];
+    const Vec decay = exp2(before - base);
+    store(total_ + lane, load<Vec>(total_ + lane) * decay + sums[0]);
+    store(peak_ + lane, peak);
+    if (!seen || all_equal(before, peak)) return;
+    float* o = o_ + lane;
+    for (int64_t i = 0; i < dim_; ++i, o += QUERIES) store(o, load<Vec>(o) * decay);
+  }
+
+  static Vec largest(const float* scores, int64_t rows) {
+    Vec best[4];  // four, so that one need not wait for the other
+    for (int i = 0; i < 4; ++i) best[i] = Vec{} - INFINITY;
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4)
+      for (int j = 0; j < 4; ++j) best[j] = larger(load<Vec>(scores + (i + j) * QUERIES), best[j]);
+    for (; i < rows; ++i) best[0] = larger(load<Vec>(scores + i * QUERIES), best[0]);
+    return larger(larger(best[0], best[1]), larger(best[2], best[3]));
+  }
+
+  void finish(const Head<T>& o, int64_t first, int64_t count, float* lse) {
+    transpose({o_, QUERIES}, dim_, round_up(count, LANES), {turned_, dim_});
+    for (int64_t i = 0; i < count; ++i) {
+      const float total = total_[i] > 0 || total_[i] != total_[i] ? total_[i] : 1.0f;
+      const float* from = turned_ + i * dim_;
+      T* to = o.row(first + i);
+#pragma omp simd
+      for (int64_t j = 0; j < dim_; ++j) to[j] = from[j] / total;
+      lse[first + i] = (peak_[i] + std::log2(total)) * LN2;
+    }
+  }
+
+  const Options& options_;
+  float scale_;  // in base 2
+  Packer<T> packer_;
+  int64_t dim_;
+  Buffer k_, v_, q_, scores_, p_, o_, turned_;
+  alignas(64) float peak_[QUERIES], total_[QUERIES];
+};
+
+template <class T>
+void forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Options& options, const Tensor& o,
+    const Tensor& lse) {
+  const int64_t queries = q.size(1), keys = k.size(1), heads = q.size(2), kv_heads = k.size(2);
+  const int64_t pairs = q.size(0) * kv_heads, group = heads / std::max<int64_t>(1, kv_heads);
+  const int64_t blocks = (queries + QUERIES - 1) / QUERIES;
+  const int64_t parts = parts_of_a_head(pairs, blocks, 4);
+  run_tasks(pairs * parts, [&] {
+    return [&, worker = std::make_shared<Forward<T>>(keys, q.size(3), options)](int64_t task) {
+      const int64_t part = parts - 1 - task / pairs;  // later queries see more: they come first
+      const int64_t batch = task % pairs / kv_heads, kv_head = task % kv_heads;
+      const int64_t first = blocks * part / parts * QUERIES;
+      const int64_t last = std::min(queries, blocks * (part + 1) / parts * QUERIES);
+      const int64_t begin = options.visible.begin(first) / KEYS * KEYS;
+      worker->take_keys(
+          {k, batch, kv_head}, {v, batch, kv_head}, begin,
+          options.visible.end(first, last - first));
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        float* head_lse = static_cast<float*>(lse.data_ptr()) + (batch * heads + head) * queries;
+        for (int64_t query = first; query < last; query += QUERIES)
+          worker->queries({q, batch, head}, query, {o, batch, head}, head_lse);
+      }
+    };
+  });
+}
+
+// Backward. A task is one key head with its query heads, and a part of its key blocks. It owns dk
+// and dv of these keys; dq is summed over the parts afterwards, in their order.
+
+struct Saved {
+  const Tensor &grad, &q, &k;
+  const std::optional<Tensor>&v, &o;
+  const Tensor& lse;
+};
+
+template <class T>
+class Backward {
+  using Element = typename ElementOf<T>::type;
+
+ public:
+  Backward(
+      const Saved& saved, const Options& options, int64_t most_keys, bool want_q, bool want_k,
+      bool want_v)
+      : saved_(saved),
+        options_(options),
+        want_q_(want_q),
+        want_k_(want_k),
+        want_v_(want_v),
+        packer_(saved.q.size(3)),
+        dim_(saved.q.size(3)),
+        padded_queries_(round_up(saved.q.size(1), QUERIES)),
+        k_(KEYS * packer_.elements()),
+        v_(KEYS * packer_.elements()),
+        k_columns_(want_q ? dim_ * KEYS : 0),
+        q_(padded_queries_ * packer_.elements()),
+        do_(want_q || want_k ? padded_queries_ * packer_.elements() : 0),
+        q_rows_(want_k ? padded_queries_ * packer_.padded() : 0),
+        do_rows_(want_v ? padded_queries_ * packer_.padded() : 0),
+        lse_(padded_queries_),
+        delta_(padded_queries_),
+        scores_(KEYS * QUERIES),
+        dp_(KEYS * QUERIES),
+        p_(KEYS * QUERIES),
+        ds_(KEYS * QUERIES),
+        ds_pairs_(KEYS * QUERIES),
+        dk_(want_k ? most_keys * packer_.padded() : 0),
+        dv_(want_v ? most_keys * packer_.padded() : 0) {}
+
+  // dq: (query blocks, D, QUERIES) for each head of the group, this part's share.
+  void keys(
+      int64_t batch, int64_t kv_head, int64_t begin, int64_t end, const Tensor& dk,
+      const Tensor& dv, float* dq) {
+    const int64_t group = saved_.q.size(2) / saved_.k.size(2);
+    const int64_t sums = (end - begin) * packer_.padded();
+    if (want_k_) std::fill_n(static_cast<float*>(dk_), sums, 0.0f);
+    if (want_v_) std::fill_n(static_cast<float*>(dv_), sums, 0.0f);
+    const int64_t head_size = padded_queries_ * dim_;
+    if (want_q_) std::fill_n(dq, group * head_size, 0.0f);
+    for (int64_t member = 0; member < group; ++member) {
+      take_queries(batch, kv_head * group + member);
+      for (int64_t key = begin; key < end; key += KEYS) {
+        const int64_t count = std::min(KEYS, end - key);
+        take_keys(batch, kv_head, key, count);
+        const int64_t row = (key - begin) * packer_.padded();
+        for (int64_t query = 0; query < saved_.q.size(1); query += QUERIES)
+          attend(query, key, count, dk_ + row, dv_ + row, dq + member * head_size);
+      }
+    }
+    if (want_k_) put(dk_, options_.scale, {dk, batch, kv_head}, begin, end);
+    if (want_v_) put(dv_, 1, {dv, batch, kv_head}, begin, end);
+  }
+
+ private:
+  void take_queries(int64_t batch, int64_t head) {
+    const Head<T> q(saved_.q, batch, head), grad(saved_.grad, batch, head);
+    const float* lse = static_cast<const float*>(saved_.lse.data_ptr()) +
+        (batch * saved_.q.size(2) + head) * q.length;
+    for (int64_t first = 0; first < q.length; first += QUERIES) {
+      const int64_t count = std::min(QUERIES, q.length - first);
+      packer_.columns(q, first, count, columns(q_, first));
+      if (want_q_ || want_k_) packer_.columns(grad, first, count, columns(do_, first));
+      if (want_k_) packer_.interleaved(q, first, count, rows(q_rows_, first));
+      if (want_v_) packer_.interleaved(grad, first, count, rows(do_rows_, first));
+    }
+    for (int64_t i = 0; i < q.length; ++i) lse_[i] = lse[i] * LOG2E;
+    std::fill(lse_ + q.length, lse_ + padded_queries_, 0.0f);
+    if (want_q_ || want_k_) take_delta(grad, {*saved_.o, batch, head});
+  }
+
+  // delta = rowsum(do * o)
+  void take_delta(const Head<T>& grad, const Head<T>& o) {
+    std::fill(delta_ + grad.length, delta_ + padded_queries_, 0.0f);
+    for (int64_t i = 0; i < grad.length; ++i) {
+      const T* left = neighbours<T>(grad.row(i), dim_, grad.dim_stride, left_);
+      const T* right = neighbours<T>(o.row(i), dim_, o.dim_stride, right_);
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < dim_; ++j) sum += float(left[j]) * float(right[j]);
+      delta_[i] = sum;
+    }
+  }
+
+  void take_keys(int64_t batch, int64_t kv_head, int64_t first, int64_t count) {
+    const Head<T> k(saved_.k, batch, kv_head);
+    packer_.rows(k, first, count, {k_, packer_.elements()});
+    if (want_q_ || want_k_)
+      packer_.rows({*saved_.v, batch, kv_head}, first, count, {v_, packer_.elements()});
+    if (want_q_)
+      packer_.interleaved_columns(k, first, count, {k_columns_, KEYS / Element::WIDTH});
+  }
+
+  Operand columns(float* data, int64_t first) const {
+    return {data + first * packer_.elements(), QUERIES};
+  }
+  Operand rows(float* data, int64_t first) const {
+    return {data + first / Element::WIDTH * packer_.padded(), packer_.padded()};
+  }
+
+  void attend(int64_t first, int64_t key, int64_t most_keys, float* dk, float* dv, float* dq) {
+    const int64_t count = std::min(QUERIES, saved_.q.size(1) - first);
+    const int64_t keys = std::min(most_keys, options_.visible.end(first, count) - key);
+    if (keys <= 0 || options_.visible.begin(first) >= key + keys) return;
+    const int64_t lanes = round_up(count, LANES), elements = packer_.elements();
+    const Operand scores{scores_, QUERIES}, dp{dp_, QUERIES};
+    multiply<Element>({k_, elements}, columns(q_, first), scores, keys, lanes, elements, false);
+    if (want_q_ || want_k_)
+      multiply<Element>({v_, elements}, columns(do_, first), dp, keys, lanes, elements, false);
+    const int64_t rows_of_keys = round_up(keys, Element::WIDTH);
+    const bool masked = !options_.visible.all(first, count, key, key + rows_of_keys);
+    for (int64_t lane = 0; lane < lanes; lane += LANES)
+      differentiate(first + lane, lane, key, rows_of_keys, masked);
+    const int64_t along_q = (count + Element::WIDTH - 1) / Element::WIDTH;
+    const int64_t along_k = rows_of_keys / Element::WIDTH;
+    const Operand p{p_, QUERIES / Element::WIDTH}, ds{ds_, QUERIES / Element::WIDTH};
+    const int64_t padded = packer_.padded();
+    if (want_v_)
+      multiply<Element>(p, rows(do_rows_, first), {dv, padded}, keys, padded, along_q, true);
+    if (want_k_)
+      multiply<Element>(ds, rows(q_rows_, first), {dk, padded}, keys, padded, along_q, true);
+    if (want_q_)
+      multiply<Element>(
+          {k_columns_, KEYS / Element::WIDTH}, {ds_pairs_, QUERIES},
+          {dq + first * dim_, QUERIES}, dim_, lanes, along_k, true);
+  }
+
+  // Scores of one vector of queries become p, and dp becomes ds without the scale.
+  void differentiate(int64_t query, int64_t lane, int64_t key, int64_t rows, bool masked) {
+    constexpr int64_t W = Element::WIDTH;
+    const bool want_q = want_q_, want_k = want_k_, want_v = want_v_;
+    const float *const scores = scores_, *const dps = dp_;
+    float *const p_rows = p_, *const ds_rows = ds_, *const ds_pairs = ds_pairs_;
+    const Vec lse = load<Vec>(lse_ + query), delta = load<Vec>(delta_ + query);
+    const float scale = options_.scale * LOG2E;
+    for (int64_t i = 0; i < rows; i += W) {
+      Vec p[W], ds[W];
+      for (int64_t j = 0; j < W; ++j) {
+        const int64_t at = (i + j) * QUERIES + lane;
+        p[j] = exp2(load<Vec>(scores + at) * scale - lse);
+        ds[j] = p[j] * (load<Vec>(dps + at) - delta);
+        if (masked) {
+          const IntVec seen = options_.visible.lanes(query, static_cast<int32_t>(key + i + j));
+          p[j] = seen ? p[j] : Vec{};
+          ds[j] = seen ? ds[j] : Vec{};
+        }
+        if (want_v) Element::store_row(p_rows, at, p[j]);
+        if (want_k) Element::store_row(ds_rows, at, ds[j]);
+      }
+      if (want_q) Element::store_pair(ds_pairs + i / W * QUERIES + lane, ds[0], ds[W - 1]);
+    }
+  }
+
+  void put(const float* sums, float scale, const Head<T>& to, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i, sums += packer_.padded()) {
+      T* out = to.row(i);
+#pragma omp simd
+      for (int64_t j = 0; j < dim_; ++j) out[j] = sums[j] * scale;
+    }
+  }
+
+  const Saved& saved_;
+  const Options& options_;
+  bool want_q_, want_k_, want_v_;
+  Packer<T> packer_;
+  int64_t dim_, padded_queries_;
+  Buffer k_, v_, k_columns_, q_, do_, q_rows_, do_rows_, lse_, delta_, scores_, dp_, p_, ds_,
+      ds_pairs_, dk_, dv_;
+  std::vector<T> left_, right_;
+};
+
+// dq of one block of queries: the sum of the parts, turned round.
+template <class T>
+void put_queries(
+    const float* parts, int64_t count, int64_t part_size, float scale, const Head<T>& dq,
+    int64_t first) {
+  const int64_t dim = dq.dim, rows = std::min(QUERIES, dq.length - first);
+  Buffer sums(dim * QUERIES), turned(QUERIES * dim);
+  std::copy_n(parts, dim * QUERIES, static_cast<float*>(sums));
+  for (int64_t part = 1; part < count; ++part)
+    for (int64_t i = 0; i < dim * QUERIES; ++i) sums[i] += parts[part * part_size + i];
+  transpose({sums, QUERIES}, dim, round_up(rows, LANES), {turned, dim});
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = turned + i * dim;
+    T* to = dq.row(first + i);
+#pragma omp simd
+    for (int64_t j = 0; j < dim; ++j) to[j] = from[j] * scale;
+  }
+}
+
+template <class T>
+void backward(
+    const Saved& saved, const Options& options, const Tensor& dq, const Tensor& dk,
+    const Tensor& dv, bool want_q, bool want_k, bool want_v) {
+  const Tensor& q = saved.q;
+  const int64_t queries = q.size(1), keys = saved.k.size(1), heads = q.size(2), dim = q.size(3);
+  const int64_t kv_heads = saved.k.size(2), pairs = q.size(0) * kv_heads;
+  const int64_t group = heads / std::max<int64_t>(1, kv_heads);
+  const int64_t blocks = (keys + KEYS - 1) / KEYS;
+  const int64_t parts = parts_of_a_head(pairs, blocks, 2);
+  const int64_t head_size = round_up(queries, QUERIES) * dim;
+  const int64_t part_size = q.size(0) * heads * head_size;
+  const int64_t most_keys = (blocks + parts - 1) / parts * KEYS;
+  Buffer dq_parts(want_q ? parts * part_size : 0);
+  run_tasks(pairs * parts, [&] {
+    auto worker = std::make_shared<Backward<T>>(saved, options, most_keys, want_q, want_k, want_v);
+    return [&, worker](int64_t task) {
+      const int64_t part = task / pairs, pair = task % pairs;  // earlier keys are seen by more
+      const int64_t begin = blocks * part / parts * KEYS;
+      const int64_t end = std::min(keys, blocks * (part + 1) / parts * KEYS);
+      float* share = want_q ? dq_parts + part * part_size + pair * group * head_size : nullptr;
+      worker->keys(pair / kv_heads, pair % kv_heads, begin, end, dk, dv, share);
+    };
+  });
+  if (!want_q) return;
+  const int64_t query_blocks = (queries + QUERIES - 1) / QUERIES;
+  const auto put = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / query_blocks, first = i % query_blocks * QUERIES;
+      const float* sums = dq_parts + head * head_size + first * dim;
+      put_queries<T>(
+          sums, parts, part_size, options.scale, {dq, head / heads, head % heads}, first);
+    }
+  };
+  torch::stable::parallel_for(0, q.size(0) * heads * query_blocks, 1, put);
+}
+
+// q: (B, T, H, D); k, v: (B, S, Hkv, D); o: contiguous like q; lse: (B, H, T) fp32.
+void flash_attention_forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu_seqlens,
+    bool causal, double scale, std::optional<int64_t> window, const Tensor& o, const Tensor& lse) {
+  const Options options{
+      static_cast<float>(scale), {q.size(1), k.size(1), cu_seqlens, causal, window}};
+  if (q.numel() == 0) return;
+  dispatch(q, [&](auto zero) { forward<decltype(zero)>(q, k, v, options, o, lse); });
+}
+
+// grad: like o; v and o are there where dq or dk is wanted; dq, dk, dv: contiguous, where wanted.
+void flash_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
+    const std::optional<Tensor>& o, const Tensor& lse, const std::optional<Tensor>& cu_seqlens,
+    bool causal, double scale, std::optional<int64_t> window, const Tensor& dq, const Tensor& dk,
+    const Tensor& dv, bool want_q, bool want_k, bool want_v) {
+  const Options options{
+      static_cast<float>(scale), {q.size(1), k.size(1), cu_seqlens, causal, window}};
+  if (k.numel() == 0 && q.numel() == 0) return;
+  dispatch(q, [&](auto zero) {
+    const Saved saved{grad, q, k, v, o, lse};
+    backward<decltype(zero)>(saved, options, dq, dk, dv, want_q, want_k, want_v);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llamapro_cpp, library) {
+  library.def(
+      "flash_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal,"
+      " float scale, int? window, Tensor(a!) o, Tensor(b!) lse) -> ()");
+  library.def(
+      "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor? o, Tensor lse,"
+      " Tensor? cu_seqlens, bool causal, float scale, int? window, Tensor(a!) dq, Tensor(b!) dk,"
+      " Tensor(c!) dv, bool want_q, bool want_k, bool want_v) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llamapro_cpp, CPU, library) {
+  library.impl("flash_attention_forward", TORCH_BOX(&flash_attention_forward));
+  library.impl("flash_attention_backward", TORCH_BOX(&flash_attention_backward));
+}
+
+}  // namespace llamapro

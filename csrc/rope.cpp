@@ -1,0 +1,53 @@
+// Rotary embedding of q or k; the formulas are in llamapro_kernels/rope.py.
+#include "common.h"
+
+namespace llamapro {
+namespace {
+
+// The two halves of one head; sign is -1 for the opposite angle.
+template <class T>
+void rotate(const T* x, const float* cos, const float* sin, float sign, int64_t half, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = x[i], second = x[half + i], s = sign * sin[i];
+    out[i] = first * cos[i] - second * s;
+    out[half + i] = second * cos[i] + first * s;
+  }
+}
+
+// x: (B, T, H, D); cos, sin: contiguous (T, D) fp32; out: contiguous like x.
+void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign, const Tensor& out) {
+  STD_TORCH_CHECK(x.dim() == 4, "x (B, T, H, D) expected, got ", x.dim(), " dimensions");
+  const int64_t length = x.size(1), heads = x.size(2), dim = x.size(3);
+  const float* cosines = static_cast<const float*>(cos.data_ptr());
+  const float* sines = static_cast<const float*>(sin.data_ptr());
+  dispatch(x, [&](auto zero) {
+    using T = decltype(zero);
+    parallel_rows(x.size(0) * length, heads * dim, [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch;
+      for (int64_t token = begin; token < end; ++token) {
+        const int64_t time = token % length;
+        const T* from = static_cast<const T*>(x.data_ptr()) + token / length * x.stride(0) +
+            time * x.stride(1);
+        T* to = static_cast<T*>(out.data_ptr()) + token * heads * dim;
+        for (int64_t head = 0; head < heads; ++head) {
+          const T* row = neighbours(from + head * x.stride(2), dim, x.stride(3), scratch);
+          const float* c = cosines + time * dim;
+          rotate(row, c, sines + time * dim, static_cast<float>(sign), dim / 2, to + head * dim);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llamapro_cpp, library) {
+  library.def("rope(Tensor x, Tensor cos, Tensor sin, float sign, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llamapro_cpp, CPU, library) {
+  library.impl("rope", TORCH_BOX(&rope));
+}
+
+}  // namespace llamapro

@@ -1,0 +1,80 @@
+"""Builds csrc/ once for each instruction set; everything else is in pyproject.toml.
+
+Needs torch and a C++ compiler (`pip install --no-build-isolation`). Without them, or with
+LLAMAPRO_NO_EXTENSION=1, the package is complete but for the compiled ops on a CPU, which PyTorch
+then serves. LLAMAPRO_SANITIZE=1 builds with the address and undefined-behaviour sanitizers.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    avx512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS |= {
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": avx512,
+        "avx512_bf16": [*avx512, "-mavx512bf16"],
+    }
+COMPILE = [
+    *("-std=c++20", "-O3", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0"),
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10 and later
+]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
+
+
+class BuildLibraries(build_ext):
+    """Extensions that are loaded as libraries: they know nothing of Python."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
+    def get_ext_filename(self, name):
+        return os.path.join(*name.split(".")) + ".so"
+
+    def build_extension(self, extension):
+        try:
+            super().build_extension(extension)
+        except Exception as error:
+            say(f"{extension.name} is not built: {error}")
+
+
+def extensions():
+    """One for each instruction set; none, and a line that says why, where they cannot be built."""
+    if os.environ.get("LLAMAPRO_NO_EXTENSION") == "1":
+        return []
+    if sys.platform != "linux":
+        return say(f"the compiled ops on a CPU are for Linux, this is {sys.platform}")
+    try:
+        import torch
+    except ImportError:
+        return say("no torch to build csrc/ with (is --no-build-isolation missing?)")
+    root = Path(torch.__file__).parent
+    sanitize = SANITIZE if os.environ.get("LLAMAPRO_SANITIZE") == "1" else []
+    return [
+        Extension(
+            f"llamapro_kernels.cpu_{name}",
+            sources=sorted(str(source) for source in Path("csrc").glob("*.cpp")),
+            depends=["csrc/common.h"],
+            library_dirs=[str(root / "lib")],
+            libraries=["torch_cpu"],
+            extra_compile_args=[*COMPILE, f"-isystem{root / 'include'}", *flags, *sanitize],
+            extra_link_args=sanitize,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
+
+
+def say(line):
+    print(f"llamapro_kernels: {line}; PyTorch serves the ops instead", file=sys.stderr)
+    return []
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibraries})

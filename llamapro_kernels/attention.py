@@ -196,7 +196,7 @@ def flash_attention(
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window must be at least 1 and causal, got {window}, causal={causal}")
     if cu_seqlens is not None:
-        _check_documents(q, k, cu_seqlens)
+        check_documents(q, k, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
@@ -218,7 +218,7 @@ def _check_shapes(q, k, v):
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
 
 
-def _check_documents(q, k, cu_seqlens):
+def check_documents(q, k, cu_seqlens):
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.device != q.device:
         raise ValueError(
             "cu_seqlens must be (documents + 1,) int32 on q's device,"

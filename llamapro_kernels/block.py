@@ -1,9 +1,18 @@
-"""A whole Llama block: attention and SwiGLU MLP, each behind a norm and added to the residual.
+"""A whole Llama block as one autograd node, which keeps only what the wanted gradients need.
 
     h = x + o_proj(attention(rope(qkv(norm(x)))))        y = h + down_proj(swiglu(gate_up(norm(h))))
 
-x and y are (B, T, N). This is the composition of the public ops; each of them saves and computes
-only what the trainable tensors need.
+x and y are (B, T, N). The node runs the ops of this package and the library's matrix products, in
+the order in which their composition would. Its backward goes down from y and stops below the last
+tensor that wants a gradient; a frozen block computes input gradients alone. What is kept for
+backward, in numbers a token (H query heads, Hkv key heads, head dimension D, MLP width I):
+
+    save="all"      2 N + (2 H + 2 Hkv) D + 2 I    x, h, q, k, v, o, gate_up, and three sums' fp32
+    save="light"    2 N + (2 H + 2 Hkv) D          gate_up is computed again: 4 N I FLOPs
+    save="input"    N                              everything but the last product, again
+
+Norms and SwiGLU are always computed again where a weight's gradient needs their result: that costs
+less than keeping it.
 
 Source: Touvron et al. 2023, "LLaMA"; an identity block (Wu et al. 2024, "LLaMA Pro") is one whose
 o_proj and down_proj are zero.
@@ -15,12 +24,12 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from llamapro_kernels.attention import flash_attention
-from llamapro_kernels.rms_norm import add_rms_norm, rms_norm
-from llamapro_kernels.rope import rope
-from llamapro_kernels.swiglu import swiglu
+from llamapro_kernels import library
+from llamapro_kernels.attention import check_documents
 
 Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+SAVE = ("all", "light", "input")
+ops = torch.ops.llamapro
 
 
 class BlockWeights(NamedTuple):
@@ -38,6 +47,205 @@ class BlockWeights(NamedTuple):
     down_proj_bias: torch.Tensor | None = None
 
 
+class Settings(NamedTuple):
+    """What is no tensor that could want a gradient."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    eps: float
+    window: int | None
+    save: str
+
+
+class Kept(NamedTuple):
+    """What forward computes and backward reads; None for what is not kept or not needed."""
+
+    x: torch.Tensor | None = None
+    x_rstd: torch.Tensor | None = None
+    q: torch.Tensor | None = None
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    o: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    h: torch.Tensor | None = None
+    h_rstd: torch.Tensor | None = None
+    gate_up: torch.Tensor | None = None
+
+
+class Wanted:
+    """Which gradients are wanted, and what backward therefore has to compute on its way down."""
+
+    def __init__(self, x: bool, weights: list[bool]):
+        self.x, self.weights = x, BlockWeights(*weights)
+        w = self.weights
+        self.normed_x = x or w.attention_norm
+        self.qkv = self.normed_x or w.qkv or w.qkv_bias
+        self.h = self.qkv or w.o_proj or w.o_proj_bias
+        self.normed_h = self.h or w.mlp_norm
+        self.gate_up = self.normed_h or w.gate_up or w.gate_up_bias
+
+    def of(self, kept: Kept, save: str) -> Kept:
+        """The part of `kept` that backward reads, or that it starts from to compute the rest."""
+        if save == "input":
+            return Kept(x=kept.x)
+        w = self.weights
+        reads = {
+            "x": self.normed_x or w.qkv,
+            "x_rstd": self.normed_x,
+            **dict.fromkeys(("q", "k", "v", "lse"), self.qkv),
+            "o": self.qkv or w.o_proj,
+            "h": self.normed_h or w.gate_up or save == "light",
+            "h_rstd": self.normed_h,
+            "gate_up": save == "all" and (self.gate_up or w.down_proj),
+        }
+        return Kept(**{name: value for name, value in kept._asdict().items() if reads[name]})
+
+
+def _attention_half(x, w, settings, cache=None):
+    """x to o: the operands of attention and what it gives."""
+    batch, length, _ = x.shape
+    dim = settings.cos.shape[-1]
+    heads = w.o_proj.shape[1] // dim
+    kv_heads = (w.qkv.shape[0] // dim - heads) // 2
+    normed, rstd = ops.rms_norm(x, w.attention_norm, settings.eps)
+    qkv = linear(normed, w.qkv, w.qkv_bias).view(batch, length, heads + 2 * kv_heads, dim)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
+    q, k = ops.rope(q, k, settings.cos, settings.sin)
+    k, v = (k, v) if cache is None else cache(k, v)
+    o, lse = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
+    return Kept(x, rstd, q, k, v, o, lse)
+
+
+def _mlp_half(kept, w, settings):
+    """o to gate_up."""
+    attended = linear(kept.o.flatten(2), w.o_proj, w.o_proj_bias)
+    normed, h, rstd = ops.add_rms_norm(attended, kept.x, w.mlp_norm, settings.eps)
+    gate_up = linear(normed, w.gate_up, w.gate_up_bias)
+    return kept._replace(h=h, h_rstd=rstd, gate_up=gate_up)
+
+
+def _forward(x, w, settings, cache=None):
+    kept = _mlp_half(_attention_half(x, w, settings, cache), w, settings)
+    return kept.h + linear(ops.swiglu(kept.gate_up), w.down_proj, w.down_proj_bias), kept
+
+
+def _recompute(kept, w, settings):
+    """Everything that backward reads, as forward computed it."""
+    if settings.save == "input":
+        return _mlp_half(_attention_half(kept.x, w, settings), w, settings)
+    if settings.save == "light":
+        normed = _normed(kept.h, w.mlp_norm, settings)
+        return kept._replace(gate_up=linear(normed, w.gate_up, w.gate_up_bias))
+    return kept
+
+
+def _backward(dy, kept, w, settings, wanted):
+    """dx and the gradients of the weights, None where not wanted."""
+    grads = {}
+    if wanted.weights.down_proj:
+        grads["down_proj"] = _weight_gradient(dy, ops.swiglu(kept.gate_up))
+    _bias_gradient(grads, "down_proj_bias", dy, wanted)
+    dh = _mlp_backward(dy, kept, w, settings, wanted, grads) if wanted.gate_up else None
+    dx = _attention_backward(dh, kept, w, settings, wanted, grads) if wanted.h else None
+    return dx, [grads.get(name) for name in BlockWeights._fields]
+
+
+def _mlp_backward(dy, kept, w, settings, wanted, grads):
+    dgate_up = ops.swiglu_backward(dy @ w.down_proj, kept.gate_up)
+    if wanted.weights.gate_up:
+        grads["gate_up"] = _weight_gradient(dgate_up, _normed(kept.h, w.mlp_norm, settings))
+    _bias_gradient(grads, "gate_up_bias", dgate_up, wanted)
+    if not wanted.normed_h:
+        return None
+    dh, grads["mlp_norm"] = _norm_backward(
+        dgate_up @ w.gate_up, dy, kept.h, w.mlp_norm, kept.h_rstd, wanted.h,
+        wanted.weights.mlp_norm,
+    )  # fmt: skip
+    return dh
+
+
+def _attention_backward(dh, kept, w, settings, wanted, grads):
+    if wanted.weights.o_proj:
+        grads["o_proj"] = _weight_gradient(dh, kept.o.flatten(2))
+    _bias_gradient(grads, "o_proj_bias", dh, wanted)
+    if not wanted.qkv:
+        return None
+    dqkv = _qkv_backward((dh @ w.o_proj).view(kept.o.shape), kept, settings)
+    if wanted.weights.qkv:
+        grads["qkv"] = _weight_gradient(dqkv, _normed(kept.x, w.attention_norm, settings))
+    _bias_gradient(grads, "qkv_bias", dqkv, wanted)
+    if not wanted.normed_x:
+        return None
+    dx, grads["attention_norm"] = _norm_backward(
+        dqkv @ w.qkv, dh, kept.x, w.attention_norm, kept.x_rstd, wanted.x,
+        wanted.weights.attention_norm,
+    )  # fmt: skip
+    return dx
+
+
+def _qkv_backward(do, kept, settings):
+    dq, dk, dv = ops.flash_attention_backward(
+        *(do, kept.q, kept.k, kept.v, kept.o, kept.lse, settings.cu_seqlens),
+        *(True, kept.q.shape[-1] ** -0.5, settings.window, True, True, True),
+    )
+    dq, dk = ops.rope_backward(dq, dk, settings.cos, settings.sin, True, True)
+    return torch.cat((dq.flatten(2), dk.flatten(2), dv.flatten(2)), -1)
+
+
+def _norm_backward(dnormed, dsum, x, weight, rstd, want_x, want_weight):
+    """The gradient of what was normed, to which its other use adds dsum, and of the weight."""
+    dx, dweight = ops.add_rms_norm_backward(
+        dnormed,
+        dsum if want_x else None,
+        x,
+        weight if want_x else None,
+        rstd,
+        weight.dtype if want_weight else None,
+    )
+    return dx if want_x else None, dweight if want_weight else None
+
+
+def _normed(x, weight, settings):
+    return ops.rms_norm(x, weight, settings.eps)[0]
+
+
+def _weight_gradient(dy, x):
+    return dy.flatten(0, 1).T @ x.flatten(0, 1)
+
+
+def _bias_gradient(grads, name, dy, wanted):
+    if getattr(wanted.weights, name):
+        grads[name] = dy.sum((0, 1))
+
+
+class _Block(torch.autograd.Function):
+    """Weights come last: there are as many as `BlockWeights` has fields."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, cu_seqlens, eps, window, save, *weights):
+        w, settings = BlockWeights(*weights), Settings(cos, sin, cu_seqlens, eps, window, save)
+        y, kept = _forward(x, w, settings)
+        wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(weights) :])
+        kept = wanted.of(kept, save)
+        if kept.v is not None:
+            kept = kept._replace(v=kept.v.contiguous())  # as a view it would keep all of qkv
+        ctx.save_for_backward(*kept, cos, sin, cu_seqlens, *weights)
+        ctx.options = eps, window, save
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("decoder_block has no second derivative (create_graph=True)")
+        count = len(Kept._fields)
+        kept, w = Kept(*ctx.saved_tensors[:count]), BlockWeights(*ctx.saved_tensors[count + 3 :])
+        settings = Settings(*ctx.saved_tensors[count : count + 3], *ctx.options)
+        wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(w) :])
+        dx, dweights = _backward(dy, _recompute(kept, w, settings), w, settings, wanted)
+        return dx, *(None,) * 6, *dweights
+
+
 def decoder_block(
     x: torch.Tensor,
     weights: BlockWeights,
@@ -45,30 +253,68 @@ def decoder_block(
     sin: torch.Tensor,
     *,
     eps: float = 1e-5,
+    window: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     cache: Cache | None = None,
+    save: str = "all",
 ) -> torch.Tensor:
-    """One Llama block, causal: x (B, T, N) -> (B, T, N).
+    """One Llama block, causal: x (B, T, N) -> (B, T, N) in x's dtype.
 
     cos, sin: (T, D), which also gives the head dimension; the head counts follow from the weights.
-    `cu_seqlens` as in `flash_attention`. `cache` is called with this block's rotated keys and its
-    values, (B, T, Hkv, D), and returns all keys and values to attend to, (B, S, Hkv, D).
-    Raises what the ops raise for tensors that do not fit together.
-    Source: Touvron et al. 2023.
+    `window` and `cu_seqlens` as in `flash_attention`. `save`: what is kept for backward, "all",
+    "light" or "input", see above; it changes memory and time, and no bit of the gradients. `cache`
+    is called with this block's rotated keys and its values, (B, T, Hkv, D), and returns all keys
+    and values to attend to, (B, S, Hkv, D); there are no gradients through it. Under autocast the
+    block runs in autocast's dtype. Raises TypeError for dtypes, and ValueError for shapes and
+    options that do not fit. Source: Touvron et al. 2023.
     """
-    batch, length, _ = x.shape
-    dim = cos.shape[-1]
-    heads = weights.o_proj.shape[1] // dim
-    normed = rms_norm(x, weights.attention_norm, eps)
-    qkv = linear(normed, weights.qkv, weights.qkv_bias)
-    kv_heads = (weights.qkv.shape[0] // dim - heads) // 2
-    qkv = qkv.view(batch, length, heads + 2 * kv_heads, dim)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
-    q, k = rope(q, k, cos, sin)
+    _check(x, weights, cos, sin, window, cu_seqlens, save)
+    settings = Settings(cos, sin, cu_seqlens, eps, window, save)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype, given = torch.get_autocast_dtype(device), x.dtype
+        weights = BlockWeights(*(w if w is None else w.to(dtype) for w in weights))
+        with torch.autocast(device, enabled=False):
+            return _run(x.to(dtype), weights, settings, cache).to(given)
+    return _run(x, weights, settings, cache)
+
+
+def _run(x, weights, settings, cache):
+    tensors = (x, *(w for w in weights if w is not None))
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return _forward(x, weights, settings, cache)[0]
     if cache is not None:
-        k, v = cache(k, v)
-    attended = flash_attention(q, k, v, cu_seqlens=cu_seqlens).flatten(2)
-    attended = linear(attended, weights.o_proj, weights.o_proj_bias)
-    normed, x = add_rms_norm(attended, x, weights.mlp_norm, eps)
-    hidden = swiglu(linear(normed, weights.gate_up, weights.gate_up_bias))
-    return x + linear(hidden, weights.down_proj, weights.down_proj_bias)
+        raise ValueError("there are no gradients through a cache: call under torch.no_grad()")
+    return _Block.apply(x, *settings, *weights)
+
+
+def _check(x, w, cos, sin, window, cu_seqlens, save):
+    library.check_floating(
+        x=x, cos=cos, sin=sin, **{n: t for n, t in w._asdict().items() if t is not None}
+    )
+    if save not in SAVE:
+        raise ValueError(f"save must be one of {SAVE}, got {save!r}")
+    if x.dim() != 3 or cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"x (B, T, N), cos and sin (T, D) expected,"
+            f" got {tuple(x.shape)}, {tuple(cos.shape)}, {tuple(sin.shape)}"
+        )
+    width, dim = x.shape[2], cos.shape[1]
+    rows, values, inner = w.qkv.shape[0], w.o_proj.shape[1], w.down_proj.shape[1]
+    expected = (
+        (width,),
+        (rows, width),
+        (width, values),
+        (width,),
+        (2 * inner, width),
+        (width, inner),
+    )
+    shapes = tuple(tuple(t.shape) for t in w[:6])
+    if shapes != expected or values % dim or (rows - values) % (2 * dim) or rows <= values:
+        raise ValueError(
+            f"weights for N = {width} and D = {dim} expected, see BlockWeights; got {shapes}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if cu_seqlens is not None:
+        check_documents(x, x, cu_seqlens)

@@ -271,6 +271,7 @@ def test_no_new_block_to_train(tiny):
         tiny().train_new_blocks_only()
 
 
+@torch.no_grad()
 def test_cache_grows_by_what_it_is_given(tiny):
     model = tiny()
     cache = KVCache(model, 1, 8)

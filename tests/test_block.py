@@ -1,0 +1,249 @@
+"""`decoder_block` against the composition of the public ops; what it keeps, and what it skips."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llamapro_kernels as lk
+from llamapro_kernels.block import SAVE
+
+BATCH, LENGTH, WIDTH, HEADS, KV_HEADS, DIM, INNER = 2, 9, 24, 4, 2, 8, 20
+FIELDS = lk.BlockWeights._fields
+# Named sets of tensors that want a gradient.
+WANTED = {
+    "frozen": {"x"},
+    "all": {"x", *FIELDS},
+    "all but x": {*FIELDS},
+    "norms": {"attention_norm", "mlp_norm"},
+    "norms and x": {"x", "attention_norm", "mlp_norm"},
+    "outputs": {"o_proj", "down_proj"},
+    **{name: {name} for name in FIELDS},
+}
+OPTIONS = {
+    "plain": {},
+    "window": {"window": 4},
+    "documents": {"cu_seqlens": [0, 3, 3, 9]},
+    "documents and window": {"cu_seqlens": [0, 5, 9], "window": 3},
+}
+
+
+def composition(x, w, cos, sin, *, eps=1e-5, window=None, cu_seqlens=None):
+    """The same block, spelled out in public ops."""
+    batch, length, _ = x.shape
+    dim = cos.shape[-1]
+    heads = w.o_proj.shape[1] // dim
+    kv_heads = (w.qkv.shape[0] // dim - heads) // 2
+    qkv = linear(lk.rms_norm(x, w.attention_norm, eps), w.qkv, w.qkv_bias)
+    q, k, v = qkv.view(batch, length, -1, dim).split((heads, kv_heads, kv_heads), 2)
+    o = lk.flash_attention(*lk.rope(q, k, cos, sin), v, window=window, cu_seqlens=cu_seqlens)
+    attended = linear(o.flatten(2), w.o_proj, w.o_proj_bias)
+    normed, h = lk.add_rms_norm(attended, x, w.mlp_norm, eps)
+    hidden = lk.swiglu(linear(normed, w.gate_up, w.gate_up_bias))
+    return h + linear(hidden, w.down_proj, w.down_proj_bias)
+
+
+def make(dtype=torch.float64, bias=True, batch=BATCH):
+    """x, weights, table and dy, rounded to the dtype."""
+    torch.manual_seed(0)
+    rows = (HEADS + 2 * KV_HEADS) * DIM
+    shapes = {
+        "attention_norm": (WIDTH,),
+        "qkv": (rows, WIDTH),
+        "o_proj": (WIDTH, HEADS * DIM),
+        "mlp_norm": (WIDTH,),
+        "gate_up": (2 * INNER, WIDTH),
+        "down_proj": (WIDTH, INNER),
+    }
+    if bias:
+        for name in ("qkv", "o_proj", "gate_up", "down_proj"):
+            shapes[f"{name}_bias"] = shapes[name][:1]
+    weights = {
+        name: torch.randn(shape).double() / shape[-1] ** 0.5 for name, shape in shapes.items()
+    }
+    angles = torch.rand(LENGTH, DIM // 2).double().repeat(1, 2)
+    x, dy = torch.randn(2, batch, LENGTH, WIDTH).double()
+    weights = {name: t.to(dtype) for name, t in weights.items()}
+    return x.to(dtype), weights, (angles.cos(), angles.sin()), dy.to(dtype)
+
+
+def gradients(function, wanted, dtype=torch.float64, bias=True, **options):
+    """y and the gradients of what is wanted, by name."""
+    documents = options.get("cu_seqlens")
+    if documents is not None:
+        options["cu_seqlens"] = torch.tensor(documents, dtype=torch.int32)
+    x, weights, table, dy = make(torch.float64, bias, batch=BATCH if documents is None else 1)
+    leaves = {
+        name: t.to(torch.bfloat16).to(dtype).requires_grad_(name in wanted)
+        for name, t in {"x": x, **weights}.items()
+    }
+    w = lk.BlockWeights(**{name: leaves.get(name) for name in FIELDS})
+    y = function(leaves["x"], w, *table, **options)
+    y.backward(dy.to(torch.bfloat16).to(dtype))
+    return {"y": y.detach(), **{name: t.grad for name, t in leaves.items()}}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("wanted", WANTED)
+def test_equals_the_composition(wanted, save, options):
+    """In fp64 to rounding; None for what is not wanted."""
+    options = OPTIONS[options]
+    ours = gradients(lk.decoder_block, WANTED[wanted], save=save, **options)
+    expected = gradients(composition, WANTED[wanted], **options)
+    for name, value in expected.items():
+        assert (ours[name] is None) == (value is None), name
+        if value is not None:
+            torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("wanted", ["frozen", "all"])
+def test_rounding(wanted):
+    """The three-way rule in bf16; the policy changes no bit."""
+    ours, light, least = (
+        gradients(lk.decoder_block, WANTED[wanted], torch.bfloat16, save=save) for save in SAVE
+    )
+    with lk.use_backend("reference"):
+        plain = gradients(composition, WANTED[wanted], torch.bfloat16)
+    truth = gradients(composition, WANTED[wanted])
+    for name, true in truth.items():
+        if true is None:
+            continue
+        assert torch.equal(ours[name], light[name]) and torch.equal(ours[name], least[name])
+        error, peer = ((t[name].double() - true).abs().max() for t in (ours, plain))
+        stored = torch.finfo(torch.bfloat16).eps / 2 * true.abs().max()
+        assert error <= 2 * peer + stored, name
+
+
+class Seen(TorchDispatchMode):
+    """The names of all ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+# Matrix products of backward for each set of wanted gradients, and whether attention's runs.
+PRODUCTS = {
+    "frozen": (4, True),
+    "all": (8, True),
+    "all but x": (8, True),  # the norm of the first needs what would become dx
+    "norms": (4, True),
+    "outputs": (2 + 2, False),
+    "down_proj": (1, False),
+    "gate_up": (1 + 1, False),
+    "o_proj": (1 + 2, False),
+    "qkv": (1 + 3, True),
+}
+
+
+@pytest.mark.parametrize("wanted", PRODUCTS)
+def test_backward_computes_no_more_than_it_must(wanted):
+    def backward(function):
+        x, weights, table, dy = make(torch.float32, bias=False)
+        leaves = {
+            name: t.requires_grad_(name in WANTED[wanted])
+            for name, t in {"x": x, **weights}.items()
+        }
+        w = lk.BlockWeights(**{name: leaves.get(name) for name in FIELDS})
+        y = function(leaves["x"], w, *table)
+        with Seen() as seen:
+            y.backward(dy)
+        return seen.names
+
+    names = backward(lk.decoder_block)
+    assert (names.count("aten::mm"), "llamapro::flash_attention_backward" in names) == PRODUCTS[
+        wanted
+    ]
+
+
+def saved_bytes(save, wanted="frozen", dtype=torch.bfloat16):
+    """Of one block, a token, without the weights: width 512, MLP 1408, 8/4 heads."""
+    torch.manual_seed(0)
+    tokens, width, inner, heads, kv_heads, dim = 64, 512, 1408, 8, 4, 64
+    shapes = [(width,), ((heads + 2 * kv_heads) * dim, width), (width, heads * dim), (width,)]
+    shapes += [(2 * inner, width), (width, inner)]
+    w = lk.BlockWeights(*(torch.randn(s, dtype=dtype) / 30 for s in shapes))
+    for name, t in zip(FIELDS, w, strict=False):
+        t.requires_grad_(name in WANTED[wanted]) if t is not None else None
+    x = torch.randn(1, tokens, width, dtype=dtype).requires_grad_("x" in WANTED[wanted])
+    angles = torch.rand(tokens, dim)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lk.decoder_block(x, w, angles, angles, save=save)
+    for t in (*w, angles):
+        if t is not None:
+            kept.pop(t.untyped_storage().data_ptr(), None)
+    return sum(kept.values()) / tokens
+
+
+@pytest.mark.parametrize("save, most", [("all", 10.9e3), ("light", 5.6e3), ("input", 1.1e3)])
+def test_a_frozen_block_keeps_little(save, most):
+    assert 0.9 * most < saved_bytes(save) <= most
+
+
+def test_nothing_is_recorded_where_nothing_wants_a_gradient():
+    x, weights, table, _ = make(torch.float32, bias=False)
+    assert not lk.decoder_block(x, lk.BlockWeights(**weights), *table).requires_grad
+    assert saved_bytes("all", "down_proj") < saved_bytes("all") / 1.8  # gate_up alone
+
+
+def test_backward_twice_and_second_derivatives():
+    x, weights, table, dy = make(torch.float32)
+    leaves = [t.requires_grad_() for t in (x, *weights.values())]
+    y = lk.decoder_block(x, lk.BlockWeights(**weights), *table)
+    first, second = (torch.autograd.grad(y, leaves, dy, retain_graph=True) for _ in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("wanted", ["frozen", "all", "outputs"])
+@pytest.mark.parametrize("save", SAVE)
+def test_fullgraph_compile(save, wanted):
+    """One graph, no break, the same gradients as eager."""
+    torch.compiler.reset()
+    compiled = torch.compile(lk.decoder_block, fullgraph=True, backend="aot_eager")
+    options = dict(dtype=torch.float32, save=save, cu_seqlens=[0, 4, 9], window=3)
+    ours = gradients(compiled, WANTED[wanted], **options)
+    for name, value in gradients(lk.decoder_block, WANTED[wanted], **options).items():
+        assert (ours[name] is None) == (value is None)
+        if value is not None:
+            torch.testing.assert_close(ours[name], value)
+
+
+def test_autocast():
+    """The block runs in autocast's dtype; results and gradients have the dtypes of what came in."""
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(lk.decoder_block, WANTED["all"], torch.float32)
+    plain = gradients(lk.decoder_block, WANTED["all"], torch.bfloat16)
+    for name, value in plain.items():
+        assert ours[name].dtype == torch.float32
+        torch.testing.assert_close(ours[name].bfloat16(), value)
+
+
+def test_bad_input_is_refused():
+    x, weights, (cos, sin), _ = make(torch.float32)
+    w = lk.BlockWeights(**weights)
+    for message, call in {
+        "save must be one of": lambda: lk.decoder_block(x, w, cos, sin, save="some"),
+        r"got \(2, 9, 24\), \(8, 8\)": lambda: lk.decoder_block(x, w, cos[:8], sin[:8]),
+        "weights for N = 24 and D = 8 expected": lambda: lk.decoder_block(
+            x, w._replace(gate_up=w.gate_up[1:]), cos, sin
+        ),
+        "window must be at least 1": lambda: lk.decoder_block(x, w, cos, sin, window=0),
+        "no gradients through a cache": lambda: lk.decoder_block(
+            x.requires_grad_(), w, cos, sin, cache=lambda k, v: (k, v)
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()

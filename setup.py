@@ -62,7 +62,7 @@ def extensions():
         Extension(
             f"llamapro_kernels.cpu_{name}",
             sources=sorted(str(source) for source in Path("csrc").glob("*.cpp")),
-            depends=["csrc/common.h"],
+            depends=sorted(str(header) for header in Path("csrc").glob("*.h")),
             library_dirs=[str(root / "lib")],
             libraries=["torch_cpu"],
             extra_compile_args=[*COMPILE, f"-isystem{root / 'include'}", *flags, *sanitize],

@@ -125,6 +125,43 @@ def flash_attention_backward_cpp(
     return grads
 
 
+def visible_pairs(queries: int, keys: int, causal: bool = True, window: int | None = None) -> int:
+    """How many (query, key) pairs attention looks at: 4 D FLOPs each, for each head, forward."""
+    if not causal:
+        return queries * keys
+    first = max(0, keys - queries) + 1 if keys >= queries else 1
+    seen = range(first, first + min(queries, keys))  # by the queries that see any key
+    most = keys if window is None else window
+    return sum(min(count, most) for count in seen)
+
+
+def _flops(q, k, v, cu_seqlens, causal, scale, window, *, out_shape=None):
+    """Packed documents count as one: how long they are is not in the shapes."""
+    batch, queries, heads, dim = q
+    return 4 * batch * heads * dim * visible_pairs(queries, k[1], causal, window)
+
+
+def _flops_backward(
+    do,
+    q,
+    k,
+    v,
+    o,
+    lse,
+    cu_seqlens,
+    causal,
+    scale,
+    window,
+    want_q,
+    want_k,
+    want_v,
+    *,
+    out_shape=None,
+):
+    products = 1 + (want_q or want_k) + want_q + want_k + want_v
+    return _flops(q, k, None, None, causal, scale, window) // 2 * products
+
+
 flash_attention_op = library.define(
     "flash_attention",
     forward="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale,"
@@ -133,6 +170,7 @@ flash_attention_op = library.define(
     " Tensor? cu_seqlens, bool causal, float scale, int? window,"
     " bool want_q, bool want_k, bool want_v) -> (Tensor dq, Tensor dk, Tensor dv)",
     fakes={"forward": _fake, "backward": _fake_backward},
+    flops={"forward": _flops, "backward": _flops_backward},
 )
 flash_attention_op.register(
     "reference", forward=flash_attention_reference, backward=flash_attention_backward_reference

@@ -270,13 +270,12 @@ def decoder_block(
     """
     _check(x, weights, cos, sin, window, cu_seqlens, save)
     settings = Settings(cos, sin, cu_seqlens, eps, window, save)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype, given = torch.get_autocast_dtype(device), x.dtype
-        weights = BlockWeights(*(w if w is None else w.to(dtype) for w in weights))
-        with torch.autocast(device, enabled=False):
-            return _run(x.to(dtype), weights, settings, cache).to(given)
-    return _run(x, weights, settings, cache)
+    dtype = library.autocast_dtype(x.device.type)
+    if dtype is None:
+        return _run(x, weights, settings, cache)
+    weights = BlockWeights(*(w if w is None else w.to(dtype) for w in weights))
+    with library.without_autocast(x.device.type):
+        return _run(x.to(dtype), weights, settings, cache).to(x.dtype)
 
 
 def _run(x, weights, settings, cache):

@@ -13,11 +13,12 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     import triton
@@ -87,7 +88,7 @@ class Op:
             backend = self.backend_for(tensor.device.type, tensor.dtype)
             if backend == "reference" and tensor.device.type == "cpu":
                 _say_once_that_cpu_ops_are_missing()
-            with torch.autocast(tensor.device.type, enabled=False):  # sums stay in fp32
+            with without_autocast(tensor.device.type):  # sums stay in fp32
                 outputs = self.implementations[backend][kind](*args)
             if isinstance(outputs, torch.Tensor):
                 return outputs.contiguous()  # as the fakes promise
@@ -96,10 +97,19 @@ class Op:
         return serve
 
 
-def define(name: str, *, forward: str, backward: str, fakes: dict[str, Callable]) -> Op:
+def define(
+    name: str,
+    *,
+    forward: str,
+    backward: str,
+    fakes: dict[str, Callable],
+    flops: dict[str, Callable] | None = None,
+) -> Op:
     """Define ``llamapro::<name>`` and ``llamapro::<name>_backward`` with these schemas.
 
-    `fakes` holds the shape functions of both, under "forward" and "backward".
+    `fakes` holds the shape functions of both, under "forward" and "backward"; `flops`, for ops
+    with matrix products inside, functions from the arguments, tensors as shapes, to their FLOPs,
+    for ``torch.utils.flop_counter``.
     """
     op = _ops[name] = Op(name)
     for kind, schema in (("forward", forward), ("backward", backward)):
@@ -107,6 +117,8 @@ def define(name: str, *, forward: str, backward: str, fakes: dict[str, Callable]
         _namespace.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
         _namespace.impl(qualified, op._router(kind), "CompositeExplicitAutograd")
         torch.library.register_fake(f"llamapro::{qualified}", fakes[kind], lib=_namespace)
+        if flops:
+            register_flop_formula(getattr(torch.ops.llamapro, qualified))(flops[kind])
     return op
 
 
@@ -177,6 +189,20 @@ def _say_once_that_cpu_ops_are_missing() -> None:
             " `pip install --no-build-isolation` builds them where there is a C++ compiler.",
             stacklevel=2,
         )
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast where it is on; None elsewhere, on devices without it too."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def without_autocast(device_type: str):
+    """A context in which autocast is off."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def jit(function: Callable) -> Callable:

@@ -160,10 +160,15 @@ def _backward_weight(dloss, x, weight, targets, lse, ignore_index, *, gradient):
     return dweight.to(weight.dtype)
 
 
+def chunk_bytes(tokens: int, vocabulary: int, itemsize: int, device: str) -> int:
+    """The logits that are held at a time."""
+    least = CHUNK_TOKENS_CPU if device == "cpu" else CHUNK_TOKENS
+    return min(tokens, max(least, CHUNK_ELEMENTS // vocabulary)) * vocabulary * itemsize
+
+
 def _logits_by_chunk(x, weight):
     """(rows, their logits), chunk by chunk in one buffer; its rows start where loads are widest."""
-    least = CHUNK_TOKENS_CPU if x.device.type == "cpu" else CHUNK_TOKENS
-    chunks = _chunks(x, weight, least)
+    chunks = _chunks(x, weight, CHUNK_TOKENS_CPU if x.device.type == "cpu" else CHUNK_TOKENS)
     vocabulary = weight.shape[0]
     length = min(len(x), chunks[0].stop) if chunks else 0
     buffer = x.new_empty((length, (vocabulary + 15) // 16 * 16))
@@ -228,6 +233,14 @@ def _fake_backward(dloss, x, weight, targets, lse, ignore_index):
     return weight.new_empty(weight.shape)
 
 
+def _flops(x, weight, targets, ignore_index, per_token, want_x, want_weight, *, out_shape=None):
+    return 2 * x[0] * weight[0] * weight[1] * (1 + want_x + want_weight)
+
+
+def _flops_backward(dloss, x, weight, targets, lse, ignore_index, *, out_shape=None):
+    return 2 * x[0] * weight[0] * weight[1] * 2
+
+
 linear_cross_entropy_op = library.define(
     "linear_cross_entropy",
     forward="(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool per_token,"
@@ -235,6 +248,7 @@ linear_cross_entropy_op = library.define(
     backward="(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor lse,"
     " int ignore_index) -> Tensor",
     fakes={"forward": _fake, "backward": _fake_backward},
+    flops={"forward": _flops, "backward": _flops_backward},
 )
 linear_cross_entropy_op.register(
     "reference",

@@ -18,6 +18,8 @@ that of Tillet et al. 2019, "Triton".
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import linear
 
@@ -145,12 +147,21 @@ def _fake_backward(dy, x, weight, want_x, want_weight):
     return library.empty_if(want_x, x), library.empty_if(want_weight, weight)
 
 
+def _flops(x, weight, *, out_shape=None):
+    return 2 * weight[0] * math.prod(x)
+
+
+def _flops_backward(dy, x, weight, want_x, want_weight, *, out_shape=None):
+    return _flops(x, weight) * (1 + want_x + want_weight)
+
+
 linear_swiglu_op = library.define(
     "linear_swiglu",
     forward="(Tensor x, Tensor weight) -> Tensor",
     backward="(Tensor dy, Tensor x, Tensor weight, bool want_x, bool want_weight)"
     " -> (Tensor dx, Tensor dweight)",
     fakes={"forward": _fake, "backward": _fake_backward},
+    flops={"forward": _flops, "backward": _flops_backward},
 )
 linear_swiglu_op.register(
     "reference", forward=linear_swiglu_reference, backward=linear_swiglu_backward

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from llamapro import Llama, expand, run_state
+from llamapro import Llama, expand, planner, run_state
 from llamapro import train as module
 from llamapro.checkpoint import Checkpoint, CheckpointError
 from llamapro.data import DataError, Rows
@@ -16,6 +16,8 @@ from llamapro.optimizer import Optimizer
 from llamapro.storage import lock
 from llamapro.train import Interrupted, TrainConfig, schedule, take_step, train
 from safetensors.torch import load_file, save_file
+
+import llamapro_kernels as lk
 
 
 @pytest.fixture
@@ -104,6 +106,35 @@ def test_resume_is_bitwise(config, tmp_path, monkeypatch, dtype):
     assert records(other, "perplexity") == records(config, "perplexity")
     final = "final/model.safetensors"
     assert (tmp_path / "run" / final).read_bytes() == (tmp_path / "other" / final).read_bytes()
+
+
+def test_a_memory_limit_changes_what_is_kept_and_no_loss(config, tmp_path, monkeypatch):
+    """The planner's policies reach the blocks; what does not fit is refused before the run."""
+    train(config)
+    model = Checkpoint(config.model).config
+    work = planner.Workload(
+        model, (2, 5), config.batch_size, config.seq_len, getattr(torch, config.dtype), "cpu"
+    )
+    light = planner.memory(work, ["light"] * 6)["total"]
+    monkeypatch.setattr(module, "resident_memory", lambda: 0)
+    seen = []
+    monkeypatch.setattr(lk, "decoder_block", spy(lk.decoder_block, seen))
+    limited = replace(config, out=str(tmp_path / "limited"), memory=f"{light / 1e9:.9f}GB")
+    train(limited)
+    assert {"all", "light"} <= set(seen) and records(limited) == records(config)
+    with pytest.raises(ValueError, match="needs at least"):
+        train(replace(config, out=str(tmp_path / "none"), memory="1KB"))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="80GB or 24GiB expected, got '80'"):
+        replace(config, memory="80")
+
+
+def spy(function, seen):
+    def call(*args, **options):
+        seen.append(options["save"])
+        return function(*args, **options)
+
+    return call
 
 
 def test_accumulation_is_exact(config, tiny):

@@ -51,12 +51,8 @@ class Checkpoint:
     """A model directory opened for reading: configuration and tensor headers, checked."""
 
     def __init__(self, path):
-        self.path = _resolve(path)
-        raw = _read_json(self.path / "config.json")
-        try:
-            self.config = LlamaConfig.from_dict(raw)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.path}/config.json: {error}") from None
+        self.path = _resolve(path, ["*.safetensors", *COMPANIONS])
+        self.config = _parse_config(self.path)
         self.tensors: dict[str, TensorEntry] = {}
         self._open_file: tuple[Path, object] | None = None
         for file in self._files():
@@ -303,7 +299,20 @@ def _shards(entries: list[TensorEntry], max_bytes: int) -> list[list[TensorEntry
     return shards
 
 
-def _resolve(path) -> Path:
+def read_config(path) -> LlamaConfig:
+    """The configuration of a model directory or Hub name; no weight is looked at."""
+    return _parse_config(_resolve(path, ["config.json"]))
+
+
+def _parse_config(directory: Path) -> LlamaConfig:
+    raw = _read_json(directory / "config.json")
+    try:
+        return LlamaConfig.from_dict(raw)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory}/config.json: {error}") from None
+
+
+def _resolve(path, patterns: list[str]) -> Path:
     """A local directory as it is; "owner/name" from the Hub, when huggingface_hub is there."""
     directory = Path(path)
     if directory.is_dir():
@@ -313,7 +322,7 @@ def _resolve(path) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", *COMPANIONS]))
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(
             f"{path}: neither a directory here nor a model that the Hub gave: {error}"

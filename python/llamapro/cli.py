@@ -1,4 +1,4 @@
-"""The command line: llamapro expand | prepare | train | eval | generate | report."""
+"""The command line: llamapro expand | prepare | train | eval | generate | plan | report."""
 
 import json
 import logging
@@ -16,10 +16,11 @@ except ImportError:
 
 import torch
 
-from llamapro import data, expansion
+from llamapro import data, expansion, planner
 from llamapro import report as report_module
+from llamapro.checkpoint import read_config
 from llamapro.evaluate import perplexity
-from llamapro.hardware import pick_device, pick_dtype
+from llamapro.hardware import matmul_rate, pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.train import DTYPES, Interrupted, TrainConfig
 from llamapro.train import train as run_training
@@ -135,6 +136,44 @@ def generate(
     print(report_module.complete(llama, model, prompt, max_new_tokens, **sampling))
 
 
+def plan(
+    base: _positional(str, "BASE"),
+    new_blocks: int,
+    placement: Literal[("every", *planner.PLANS)] = "every",
+    seq: int = 4096,
+    batch: int = 1,
+    memory: str | None = None,
+    dtype: Literal[DTYPES[1:]] = "bfloat16",
+    device: str = "auto",
+) -> None:
+    """What post-pre-training will cost, from the configuration alone, before a weight is loaded.
+
+    Args:
+        base: Hugging Face Llama directory, or a Hub name; only its config.json is read.
+        new_blocks: How many blocks to add.
+        placement: Where; every placement side by side by default.
+        seq: Tokens of a row.
+        batch: Rows of a step.
+        memory: What there is, such as 80GB: finds what to save so that the step fits.
+        dtype: Of weights and activations.
+        device: Whose matrix products bound the speed.
+    """
+    where, kind = pick_device(device), getattr(torch, dtype)
+    print(
+        planner.plan(
+            read_config(base),
+            new_blocks,
+            planner.PLANS if placement == "every" else (placement,),
+            batch,
+            seq,
+            limit=None if memory is None else planner.parse_bytes(memory),
+            rate=matmul_rate(where, kind, 8192 if where.type == "cuda" else 1024),
+            dtype=kind,
+            device=where.type,
+        )
+    )
+
+
 def report(
     base: _positional(Path, "BASE"),
     runs: _positional(tuple[Path, ...], "RUN..."),
@@ -166,6 +205,7 @@ COMMANDS = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "plan": plan,
     "report": report,
 }
 

@@ -37,26 +37,37 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
     return 2 * size**3 / sorted(times[1:])[2]
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Let the C library of a Linux process keep what tensors on a CPU free, up to its peak.
 
-    Otherwise it goes back to the system and comes anew, zeroed page by page, in every step.
+    Otherwise it goes back to the system and comes anew, zeroed page by page, in every step. With
+    keep=False all of it goes back at once: slower, but no memory lies in holes between tensors.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**30 if keep else 2**16)  # M_MMAP_THRESHOLD
+    mallopt(-1, 2**31 - 1 if keep else 2**17)  # M_TRIM_THRESHOLD
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on CUDA, the process's largest resident set otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _process_memory("VmHWM")
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return _process_memory("VmRSS")
+
+
+def _process_memory(kind: str) -> int:
+    """Of Linux; elsewhere the largest resident set, which is all that Python can ask for."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+        return int(re.search(rf"{kind}:\s+(\d+) kB", status.read_text())[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

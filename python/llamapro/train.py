@@ -13,11 +13,17 @@ from typing import Literal
 
 import torch
 
-from llamapro import run_state
+from llamapro import planner, run_state
 from llamapro.checkpoint import Checkpoint, stock_tensors
 from llamapro.data import Rows, load_tokens
 from llamapro.evaluate import perplexity
-from llamapro.hardware import keep_freed_memory, peak_memory, pick_device, pick_dtype
+from llamapro.hardware import (
+    keep_freed_memory,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    resident_memory,
+)
 from llamapro.model import Llama
 from llamapro.optimizer import Optimizer
 from llamapro.progress import Progress
@@ -63,6 +69,8 @@ class TrainConfig:
     """Of weights and activations; auto takes the one that multiplies faster here."""
     device: str = "auto"
     """auto is CUDA when there is one."""
+    memory: str | None = None
+    """What there is, such as 80GB: blocks keep less for backward until a step fits."""
     seed: int = 0
     """Of the order of the rows."""
     evaluate: dict[str, str] = field(default_factory=dict)
@@ -88,6 +96,8 @@ class TrainConfig:
         for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", math.inf)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must lie in 0..{most}, got {getattr(self, name)}")
+        if self.memory is not None:
+            planner.parse_bytes(self.memory)
         if "domain" in self.evaluate:
             raise ValueError("the held-out set 'domain' is that of data; name the further one else")
 
@@ -110,13 +120,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
         raise FileExistsError(f"{config.out} exists: resume it, or name a new run directory")
     device = pick_device(config.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(config.memory is None)
     if config.dtype == "auto":
         started = run_state.settings(config.out)["dtype"] if resume else pick_dtype(device)
         config = replace(config, dtype=started)
     rows, heldout = _open_data(config)
+    save = _policies(config, device)
     model = Llama.from_pretrained(config.model, getattr(torch, config.dtype), device)
     freeze(model, config.trainable)
+    for block, policy in zip(model.blocks, save, strict=True):
+        block.save = policy
     frozen = fingerprint(model)
     optimizer = Optimizer(
         model, clip=config.clip, weight_decay=config.weight_decay, betas=config.betas
@@ -202,6 +215,18 @@ def fingerprint(model: Llama) -> str:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _policies(config: TrainConfig, device: torch.device) -> list[str]:
+    """What each block keeps for backward; planned before a weight is loaded."""
+    model = Checkpoint(config.model).config
+    if config.memory is None:
+        return ["all"] * model.num_hidden_layers
+    trainable = None if config.trainable == "all" else tuple(model.new_blocks)
+    sizes = config.batch_size, config.seq_len, getattr(torch, config.dtype), device.type
+    libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    limit = planner.parse_bytes(config.memory) - libraries
+    return planner.choose_save(planner.Workload(model, trainable, *sizes), limit)
 
 
 def _open_data(config: TrainConfig) -> tuple[Rows, dict[str, Rows]]:

@@ -1,0 +1,230 @@
+// Small matrix products in the vectors of the machine, for `attention.cpp`.
+//
+// Every product is of one form, C += A B: an element of A is broadcast against a row of B. In bf16,
+// where the machine multiplies it, an element is a pair of neighbours along the summed dimension;
+// otherwise it is one float.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+
+#include "common.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace llamapro {
+namespace {
+
+// The vectors of the machine, and how many of them a product keeps in registers: ROWS x COLUMNS.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 6, COLUMNS = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, ROWS = 6, COLUMNS = 2;
+#else
+constexpr int LANES = 4, ROWS = 6, COLUMNS = 2;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+
+template <class V, class Element>
+inline V load(const Element* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(Vec)); }
+
+inline Vec exp2(Vec x) { return llamapro::exp2<Vec, IntVec>(x); }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline bool all_equal(Vec a, Vec b) {
+  const IntVec same = a == b;
+  int32_t all = -1;
+  for (int i = 0; i < LANES; ++i) all &= same[i];
+  return all != 0;
+}
+
+inline int64_t round_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
+// Uninitialised memory at the start of a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats)
+      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(4 * floats + 64, 64))), std::free) {
+    STD_TORCH_CHECK(data_, "out of memory: attention needs ", 4 * floats, " bytes");
+  }
+  operator float*() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<float, void (*)(void*)> data_;
+};
+
+// Elements of a product, 32 bits each and held as float whatever they are.
+
+struct Single {
+  static constexpr int64_t WIDTH = 1;  // numbers in an element
+
+  static Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
+  // A row of numbers; then a row of elements whose numbers come from two rows.
+  static void store_row(float* to, int64_t at, Vec value) { store(to + at, value); }
+  static void store_pair(float* to, Vec first, Vec) { store(to, first); }
+
+  template <class T>
+  static void pack_row(const T* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+  template <class T>
+  static void pack_pair(const T* first, const T*, int64_t count, float* to) {
+    pack_row(first, count, to);
+  }
+};
+
+#ifdef __AVX512BF16__
+struct Pair {
+  static constexpr int64_t WIDTH = 2;
+
+  static Vec multiply_add(Vec sum, float a, Vec b) {
+    const __m512i both = _mm512_set1_epi32(bit_cast<int32_t>(a));
+    return _mm512_dpbf16_ps(sum, (__m512bh)both, (__m512bh)b);
+  }
+  static void store_row(float* to, int64_t at, Vec value) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(value);
+    std::memcpy(reinterpret_cast<BFloat16*>(to) + at, &rounded, sizeof(rounded));
+  }
+  static void store_pair(float* to, Vec first, Vec second) {
+    alignas(64) static constexpr uint16_t zip[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    store(to, (Vec)_mm512_permutexvar_epi16(load<__m512i>(zip), rounded));
+  }
+
+  static void pack_row(const BFloat16* from, int64_t count, float* to) {
+    std::memcpy(to, from, count * sizeof(BFloat16));
+  }
+  static void pack_pair(
+      const BFloat16* first, const BFloat16* second, int64_t count, float* to) {
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+    for (int64_t i = 0; i < count; ++i)
+      pairs[i] = first[i].bits | (second ? static_cast<uint32_t>(second[i].bits) << 16 : 0);
+  }
+};
+#endif
+
+template <class T>
+struct ElementOf {
+  using type = Single;
+};
+#ifdef __AVX512BF16__
+template <>
+struct ElementOf<BFloat16> {
+  using type = Pair;
+};
+#endif
+
+struct Operand {
+  float* data;
+  int64_t stride;
+
+  float* row(int64_t index) const { return data + index * stride; }
+};
+
+// R rows and C vectors of c (+)= a b, in registers.
+template <class Element, int R, int C>
+inline void multiply_tile(Operand a, Operand b, Operand c, int64_t depth, bool add) {
+  Vec sums[R][C];
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) sums[i][j] = add ? load<Vec>(c.row(i) + j * LANES) : Vec{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec right[C];
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) right[j] = load<Vec>(b.row(k) + j * LANES);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < C; ++j)
+        sums[i][j] = Element::multiply_add(sums[i][j], a.row(i)[k], right[j]);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) store(c.row(i) + j * LANES, sums[i][j]);
+}
+
+template <class Element, int C, int R = ROWS>
+inline void multiply_rows(
+    Operand a, Operand b, Operand c, int64_t rows, int64_t depth, bool add) {
+  for (; rows >= R; rows -= R) {
+    multiply_tile<Element, R, C>(a, b, c, depth, add);
+    a.data += R * a.stride;
+    c.data += R * c.stride;
+  }
+  if constexpr (R > 1) multiply_rows<Element, C, R - 1>(a, b, c, rows, depth, add);
+}
+
+// c (rows, columns) = a (rows, depth) b (depth, columns), or += ; columns a multiple of LANES.
+template <class Element, int C = COLUMNS>
+void multiply(
+    Operand a, Operand b, Operand c, int64_t rows, int64_t columns, int64_t depth, bool add) {
+  for (; columns >= C * LANES; columns -= C * LANES) {
+    multiply_rows<Element, C>(a, b, c, rows, depth, add);
+    b.data += C * LANES;
+    c.data += C * LANES;
+  }
+  if constexpr (C > 1) multiply<Element, C - 1>(a, b, c, rows, columns, depth, add);
+}
+
+// A stage of the transposition of LANES vectors: swaps what lies STEP off the diagonal.
+template <int STEP>
+inline void transpose_stage(Vec (&v)[LANES]) {
+#if defined(__GNUC__) && !defined(__clang__)
+  IntVec low{}, high{};
+#pragma GCC unroll 16
+  for (int j = 0; j < LANES; ++j) {
+    low[j] = j & STEP ? LANES + j - STEP : j;
+    high[j] = j & STEP ? LANES + j : j + STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & STEP) continue;
+    const Vec upper = __builtin_shuffle(v[i], v[i + STEP], low);
+    v[i + STEP] = __builtin_shuffle(v[i], v[i + STEP], high);
+    v[i] = upper;
+  }
+#else
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < LANES; ++j)
+      if (!(i & STEP) && (j & STEP)) {
+        const float kept = v[i][j];
+        v[i][j] = v[i + STEP][j - STEP];
+        v[i + STEP][j - STEP] = kept;
+      }
+#endif
+  if constexpr (2 * STEP < LANES) transpose_stage<2 * STEP>(v);
+}
+
+// to (columns, rows) = from (rows, columns) transposed.
+inline void transpose(Operand from, int64_t rows, int64_t columns, Operand to) {
+  const int64_t whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
+  for (int64_t r = 0; r < whole_rows; r += LANES) {
+    for (int64_t c = 0; c < whole_columns; c += LANES) {
+      Vec v[LANES];
+      for (int i = 0; i < LANES; ++i) v[i] = load<Vec>(from.row(r + i) + c);
+      transpose_stage<1>(v);
+      for (int i = 0; i < LANES; ++i) store(to.row(c + i) + r, v[i]);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      to.row(c)[r] = from.row(r)[c];
+}
+
+}  // namespace
+}  // namespace llamapro

@@ -1,0 +1,232 @@
+"""The accounting against what really runs: FLOPs exactly, saved bytes exactly, memory closely."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from llamapro import Llama, LlamaConfig, expand
+from llamapro.planner import (
+    PLANS,
+    Workload,
+    choose_save,
+    flops,
+    largest_batch,
+    memory,
+    parse_bytes,
+    plan,
+    saved_bytes,
+    slots_of,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from llamapro_kernels.block import SAVE
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+LLAMA2_7B = LlamaConfig()
+CASES = {"SmolLM2 + 6": (SMOLLM2, 6), "Llama-2-7B + 8": (LLAMA2_7B, 8)}
+
+
+def workload(base, new_blocks, placement, batch=2, length=64, everything=False):
+    """A model without memory, and what is to be planned for it."""
+    with torch.device("meta"):
+        model = expand(Llama(base), new_blocks, placement)
+    if not everything:
+        model.train_new_blocks_only()
+    trainable = None if everything else tuple(model.config.new_blocks)
+    return model, Workload(model.config, trainable, batch, length)
+
+
+def step(model, work):
+    tokens = torch.zeros(work.batch, work.length, dtype=torch.long, device="meta")
+    return model.loss(tokens, tokens)
+
+
+@pytest.mark.parametrize("save", ["all", "light", "input", "mixed"])
+@pytest.mark.parametrize("placement", ["interleaved", "prefix", "suffix"])
+@pytest.mark.parametrize("case", CASES)
+def test_flops_are_exact(case, placement, save):
+    model, work = workload(*CASES[case], placement)
+    kinds = [SAVE[i % 3] if save == "mixed" else save for i in work.blocks]
+    for block, kind in zip(model.blocks, kinds, strict=True):
+        block.save = kind
+    with FlopCounterMode(display=False) as counted:
+        step(model, work).backward()
+    assert counted.get_total_flops() == sum(flops(work, kinds).values())
+
+
+def test_flops_of_full_training_are_exact():
+    model, work = workload(SMOLLM2, 6, "interleaved", everything=True)
+    with FlopCounterMode(display=False) as counted:
+        step(model, work).backward()
+    assert counted.get_total_flops() == sum(flops(work).values())
+
+
+def test_the_papers_placement_costs_84_of_120():
+    """Of the products with the blocks' weights: 40 forward, 36 input and 8 weight gradients."""
+    _, work = workload(LLAMA2_7B, 8, "interleaved", batch=1, length=1)
+    assert work.config.new_blocks == [4, 9, 14, 19, 24, 29, 34, 39]
+    block = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 32  # FLOPs of a token
+    head, pairs = 2 * 4096 * 32000, 4 * 4096
+    cost = flops(work)
+    assert cost["forward"] == 40 * (block + pairs) + head
+    assert cost["input gradient"] == 36 * (block + pairs // 2 * 5) + head
+    assert cost["weight gradient"] == 8 * block
+    assert cost["recomputed"] == 0
+    assert sum(cost[kind] // block for kind in list(cost)[:3]) == 40 + 36 + 8
+
+
+@pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("placement", ["interleaved", "suffix"])
+def test_saved_bytes_are_exact(placement, save):
+    """By saved-tensor hooks, above the first new block; below it nothing is saved at all."""
+    torch.manual_seed(0)
+    small = replace(SMOLLM2, num_hidden_layers=4, vocab_size=256)
+    model = expand(Llama(small).bfloat16(), 2, placement)
+    model.train_new_blocks_only()
+    work = Workload(model.config, tuple(model.config.new_blocks), 2, 32)
+    x = torch.randn(2, 32, small.hidden_size).bfloat16()
+    angles = torch.rand(32, small.head_dim)
+    alive, not_counted = (
+        [x],
+        {p.untyped_storage().data_ptr() for p in (*model.parameters(), angles)},
+    )
+    for i, block in enumerate(model.blocks):
+        block.save, kept = save, {}
+
+        def pack(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        x = x.detach().requires_grad_(i > min(work.trained))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            x = block(x, angles, angles)
+        alive.append(x)  # so that no address is used twice
+        measured = sum(size for at, size in kept.items() if at not in not_counted)
+        assert measured == (saved_bytes(work, save) if i in work.recorded else 0)
+
+
+MEASURE = """
+import json, sys, torch
+from llamapro import Llama, LlamaConfig, expand
+from llamapro.hardware import keep_freed_memory, peak_memory, resident_memory
+from llamapro.optimizer import Optimizer
+from llamapro.train import freeze
+
+keep_freed_memory(False)  # holes in the C library's heap are not planned
+setting = json.loads(sys.argv[1])
+config = LlamaConfig(**setting["config"])
+dtype = getattr(torch, setting["dtype"])
+torch.set_default_dtype(dtype)
+def once(model, batch, length):
+    optimizer = Optimizer(model, clip=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+    tokens = torch.randint(model.config.vocab_size, (batch, length))
+    for _ in range(2):
+        loss = model.loss(tokens, tokens)
+        loss.backward()
+        optimizer.clip_and_check(loss, 1)
+        optimizer.step(1e-4)
+tiny = expand(Llama(LlamaConfig(64, 32, 64, 2, 4)), 1)  # so that libraries load what they need
+freeze(tiny, "new_blocks")
+once(tiny, 1, 64)
+before = resident_memory()
+model = expand(Llama(config), setting["new"], setting["placement"])
+freeze(model, setting["trainable"])
+for block in model.blocks:
+    block.save = setting["save"]
+once(model, setting["batch"], setting["length"])
+print(peak_memory(torch.device("cpu")) - before)
+"""
+MEASURED = {  # placement, save, trainable, batch, length, dtype
+    "interleaved all": ("interleaved", "all", "new_blocks", 4, 512, "bfloat16"),
+    "interleaved light": ("interleaved", "light", "new_blocks", 4, 512, "bfloat16"),
+    "interleaved input": ("interleaved", "input", "new_blocks", 8, 512, "bfloat16"),
+    "suffix": ("suffix", "all", "new_blocks", 4, 512, "bfloat16"),
+    "everything": ("interleaved", "all", "all", 2, 512, "bfloat16"),
+    "fp32": ("interleaved", "all", "new_blocks", 2, 512, "float32"),
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("case", MEASURED)
+def test_memory_is_what_was_planned(case):
+    """To 5 % of a process's peak above what the libraries take."""
+    placement, save, trainable, batch, length, dtype = MEASURED[case]
+    _, work = workload(SMOLLM2, 6, placement, batch, length, trainable == "all")
+    work = replace(work, dtype=getattr(torch, dtype), device="cpu")
+    config = {k: v for k, v in SMOLLM2.to_dict().items() if k in LlamaConfig.__dataclass_fields__}
+    setting = {
+        **{"config": config, "new": 6, "placement": placement, "save": save},
+        **{"trainable": trainable, "batch": batch, "length": length, "dtype": dtype},
+    }
+    command = [sys.executable, "-c", MEASURE, json.dumps(setting)]
+    measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    planned = memory(work, [save] * len(work.blocks))
+    print(
+        f"{case}: planned {planned['total'] / 1e6:.0f} MB, measured {measured / 1e6:.0f}", planned
+    )
+    assert planned["total"] == pytest.approx(measured, rel=0.05)
+
+
+def test_policies_fit_the_limit_and_no_more_is_computed_again_than_that_takes():
+    _, work = workload(LLAMA2_7B, 8, "interleaved", batch=4, length=4096)
+    totals = [memory(work, [kind] * 40)["total"] for kind in SAVE]
+    assert totals == sorted(totals, reverse=True)
+    assert choose_save(work, totals[0]) == ["all"] * 40
+    for limit in ((totals[0] + totals[1]) / 2, (totals[1] + totals[2]) / 2, totals[2]):
+        save = choose_save(work, limit)
+        assert memory(work, save)["total"] <= limit
+        for i in work.recorded:  # no block could keep more
+            for kind in SAVE[: SAVE.index(save[i])]:
+                assert memory(work, [*save[:i], kind, *save[i + 1 :]])["total"] > limit
+    with pytest.raises(ValueError, match="needs at least"):
+        choose_save(work, totals[2] * 0.9)
+
+
+def test_largest_batch():
+    _, work = workload(LLAMA2_7B, 8, "suffix", batch=1, length=2048)
+    batch = largest_batch(work, 80e9)
+    choose_save(replace(work, batch=batch), 80e9)
+    with pytest.raises(ValueError, match=f"a batch of {batch + 1} x 2048 tokens needs at least"):
+        choose_save(replace(work, batch=batch + 1), 80e9)
+    assert largest_batch(work, 1e9) == 0
+
+
+def test_placements():
+    assert [s.source for s in slots_of(4, 1, "interleaved in the top half")] == [0, 1, 2, 3, 3]
+    for name in PLANS:
+        slots = slots_of(32, 8, name)
+        assert len(slots) == 40 and sum(s.new for s in slots) == 8
+        assert [s.source for s in slots if not s.new] == list(range(32))
+    top = [i for i, s in enumerate(slots_of(32, 8, "interleaved in the top half")) if s.new]
+    assert top == list(range(18, 40, 3))
+
+
+def test_the_plan_as_it_is_printed():
+    text = plan(LLAMA2_7B, 8, PLANS, 4, 4096, limit=80e9, rate=8e14)
+    for name in PLANS:
+        assert text.count(f"\n| {name.ljust(27)} |") == 1 and f"### {name}:" in text
+    assert "8.357 B" in text and "1.619 B (19%)" in text and "chosen" in text
+
+
+@pytest.mark.parametrize(
+    "text, value", [("80GB", 80e9), ("24 GiB", 24 * 2**30), ("1.5tb", 1.5e12), ("512MB", 512e6)]
+)
+def test_memory_sizes(text, value):
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["80", "GB", "80 G", "-1GB", "1..5GB"])
+def test_other_memory_sizes_are_refused(text):
+    with pytest.raises(ValueError, match=r"80GB|1\.\.5"):
+        parse_bytes(text)

@@ -67,6 +67,7 @@ def extensions():
             libraries=["torch_cpu"],
             extra_compile_args=[*COMPILE, f"-isystem{root / 'include'}", *flags, *sanitize],
             extra_link_args=sanitize,
+            optional=True,
         )
         for name, flags in INSTRUCTION_SETS.items()
     ]

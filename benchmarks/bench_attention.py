@@ -1,16 +1,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE
+from compare import DEVICE, DTYPES
 
 import llamapro_kernels as lk
 
 
-@pytest.mark.parametrize("length, heads, kv_heads, dim", [(512, 9, 3, 64), (2048, 9, 3, 64)])
-def test_attention(compare, length, heads, kv_heads, dim):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "batch, length, heads, kv_heads, dim",
+    [(2, 512, 9, 3, 64), (1, 2048, 9, 3, 64), (2, 512, 8, 2, 128), (1, 2048, 8, 2, 128)],
+)
+def test_attention(compare, batch, length, heads, kv_heads, dim, dtype):
     """Causal, forward and backward."""
-    q = torch.randn(1, length, heads, dim, device=DEVICE, requires_grad=True)
-    k, v = (torch.randn(1, length, kv_heads, dim, device=DEVICE, requires_grad=True) for _ in "kv")
+    shapes = (batch, length, heads, dim), *[(batch, length, kv_heads, dim)] * 2
+    q, k, v = (torch.randn(s, device=DEVICE, dtype=dtype, requires_grad=True) for s in shapes)
     do = torch.randn_like(q)
 
     def step(function):
@@ -18,12 +22,12 @@ def test_attention(compare, length, heads, kv_heads, dim):
 
     def sdpa(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return o.transpose(1, 2)
 
     compare(
         step(lk.flash_attention),
         {"sdpa": step(sdpa)},
-        flops=7 * heads * length**2 * dim,  # half of 4 forward and of 10 backward
+        flops=7 * batch * heads * length**2 * dim,  # half of 4 forward and of 10 backward
+        dtype=dtype,
     )

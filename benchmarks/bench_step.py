@@ -1,14 +1,12 @@
 """A training step of SmolLM2-135M and six new blocks, against transformers.
 
 Both have the same random weights, trainable tensors and optimizer. The roof is the matrix products
-of our step alone. Memory is the largest resident set of a process that takes two steps:
-
-    python benchmarks/bench_step.py ours bfloat16 2 512 new_blocks
+of our step alone. Memory is the largest resident set of a process that takes two steps.
 """
 
+import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from compare import DEVICE
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.hardware import keep_freed_memory, peak_memory
 from llamapro.optimizer import Optimizer
+from llamapro.planner import slots_of
 from llamapro.train import freeze
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,21 +38,27 @@ CASES = [
 ]
 
 
-def our_model(dtype, trainable):
+def our_model(dtype="bfloat16", trainable="new_blocks", placement="interleaved", save="all"):
     torch.manual_seed(0)
-    model = expand(Llama(LlamaConfig(**SMOLLM2)), new_blocks=6).to(DEVICE, getattr(torch, dtype))
+    slots = slots_of(SMOLLM2["num_hidden_layers"], 6, placement)
+    positions = [i for i, slot in enumerate(slots) if slot.new]
+    model = expand(Llama(LlamaConfig(**SMOLLM2)), placement=positions)
+    model.to(DEVICE, getattr(torch, dtype))
     freeze(model, trainable)
+    for block in model.blocks:
+        block.save = save
     return model
 
 
-def their_model(path, trainable):
+def their_model(path, trainable="new_blocks", checkpointing=False):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(DEVICE)
-    new_blocks = model.config.llama_pro["new_blocks"]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(DEVICE).train()
     model.requires_grad_(trainable == "all")
-    for i in new_blocks:
+    for i in model.config.llama_pro["new_blocks"]:
         model.model.layers[i].requires_grad_(True)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -106,47 +111,80 @@ class Products(TorchDispatchMode):
             torch.mm(a, b)
 
 
-def peak(side, case, path):
-    """Bytes, of a process of its own."""
-    command = [sys.executable, __file__, side, *map(str, case), str(path)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def our_step(batch, length, **options):
+    return stepper(our_model(**options), our_loss, batch, length)
+
+
+def their_step(batch, length, **options):
+    return stepper(their_model(**options), their_loss, batch, length)
+
+
+SIDES = {"ours": our_step, "theirs": their_step}
+
+
+def peak(side, **options):
+    """GB, of a process of its own."""
+    command = [sys.executable, __file__, side, json.dumps(options)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1e9
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_step(compare, benchmark, case, tmp_path):
-    dtype, batch, length, trainable = case
+    dtype, *sizes, trainable = case
     keep_freed_memory()
     model = our_model(dtype, trainable)
-    path = model.save_pretrained(tmp_path / "model")
-    ours = stepper(model, our_loss, batch, length)
+    path = str(model.save_pretrained(tmp_path / "model"))
     products = Products()
     with products:
-        stepper(our_model(dtype, trainable), our_loss, batch, length)()
-    theirs, compiled = (their_model(path, trainable) for _ in range(2))
+        our_step(*sizes, dtype=dtype, trainable=trainable)()
+    compiled = their_model(path, trainable)
     compiled.compile(dynamic=False)
     peers = {
-        "transformers": stepper(theirs, their_loss, batch, length),
-        "transformers compiled": stepper(compiled, their_loss, batch, length),
+        "transformers": their_step(*sizes, path=path, trainable=trainable),
+        "transformers compiled": stepper(compiled, their_loss, *sizes),
     }
-    compare(ours, peers, rtol=2e-3, atol=0, rounds=7, roof=products.repeat)
+    ours = stepper(model, our_loss, *sizes)
+    compare(ours, peers, dtype=getattr(torch, dtype), rounds=7, roof=products.repeat)
     if DEVICE == "cpu":
-        memory = {side: peak(side, case, path) for side in ("ours", "theirs")}
+        same = dict(zip(("batch", "length"), sizes, strict=True), trainable=trainable)
+        memory = peak("ours", dtype=dtype, **same)
         benchmark.extra_info |= {
-            "peak GB": round(memory["ours"] / 1e9, 2),
-            "transformers' peak / ours": round(memory["theirs"] / memory["ours"], 2),
+            "peak GB": round(memory, 2),
+            "transformers' peak / ours": round(peak("theirs", path=path, **same) / memory, 2),
         }
 
 
-def main(side, dtype, batch, length, trainable, path=None):
+@pytest.mark.parametrize("placement", ["interleaved", "interleaved in the top half", "suffix"])
+def test_placement(compare, benchmark, placement, tmp_path):
+    """What is kept for backward, against transformers with and without gradient checkpointing."""
     keep_freed_memory()
-    if side == "ours":
-        step = stepper(our_model(dtype, trainable), our_loss, int(batch), int(length))
-    else:
-        step = stepper(their_model(Path(path), trainable), their_loss, int(batch), int(length))
-    step()
-    step()
-    print(peak_memory(torch.device(DEVICE)))
+    model = our_model(placement=placement)
+    path = str(model.save_pretrained(tmp_path / "model"))
+    sizes = {"batch": 2, "length": 512}
+    sides = {
+        "light": ("ours", {"placement": placement, "save": "light"}),
+        "input": ("ours", {"placement": placement, "save": "input"}),
+        "transformers": ("theirs", {"path": path}),
+        "transformers checkpointing": ("theirs", {"path": path, "checkpointing": True}),
+    }
+    peers = {name: SIDES[side](**sizes, **options) for name, (side, options) in sides.items()}
+    products = Products()
+    with products:
+        our_step(**sizes, placement=placement)()
+    ours = stepper(model, our_loss, **sizes)
+    compare(ours, peers, dtype=torch.bfloat16, rounds=5, roof=products.repeat)
+    if DEVICE == "cpu":
+        memory = peak("ours", placement=placement, **sizes)
+        ratios = {
+            f"{name} peak / ours": round(peak(side, **sizes, **options) / memory, 2)
+            for name, (side, options) in sides.items()
+        }
+        benchmark.extra_info |= {"peak GB": round(memory, 2), **ratios}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    keep_freed_memory()
+    step = SIDES[sys.argv[1]](**json.loads(sys.argv[2]))
+    step()
+    step()
+    print(peak_memory(torch.device(DEVICE)))

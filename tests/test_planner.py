@@ -10,6 +10,7 @@ import torch
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.planner import (
     PLANS,
+    USABLE,
     Workload,
     choose_save,
     flops,
@@ -142,8 +143,8 @@ once(tiny, 1, 64)
 before = resident_memory()
 model = expand(Llama(config), setting["new"], setting["placement"])
 freeze(model, setting["trainable"])
-for block in model.blocks:
-    block.save = setting["save"]
+for block, save in zip(model.blocks, setting["save"]):
+    block.save = save
 once(model, setting["batch"], setting["length"])
 print(peak_memory(torch.device("cpu")) - before)
 """
@@ -157,25 +158,42 @@ MEASURED = {  # placement, save, trainable, batch, length, dtype
 }
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def measure(work, placement, save):
+    """Bytes of a process's peak above what the libraries take."""
+    shape = {k: v for k, v in SMOLLM2.to_dict().items() if k in LlamaConfig.__dataclass_fields__}
+    setting = {
+        **{"config": shape, "new": 6, "placement": placement, "save": save},
+        **{"trainable": "all" if work.trainable is None else "new_blocks"},
+        **{"batch": work.batch, "length": work.length, "dtype": str(work.dtype).split(".")[1]},
+    }
+    command = [sys.executable, "-c", MEASURE, json.dumps(setting)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@on_linux
 @pytest.mark.parametrize("case", MEASURED)
 def test_memory_is_what_was_planned(case):
-    """To 5 % of a process's peak above what the libraries take."""
+    """To 5 % of what was measured."""
     placement, save, trainable, batch, length, dtype = MEASURED[case]
     _, work = workload(SMOLLM2, 6, placement, batch, length, trainable == "all")
     work = replace(work, dtype=getattr(torch, dtype), device="cpu")
-    config = {k: v for k, v in SMOLLM2.to_dict().items() if k in LlamaConfig.__dataclass_fields__}
-    setting = {
-        **{"config": config, "new": 6, "placement": placement, "save": save},
-        **{"trainable": trainable, "batch": batch, "length": length, "dtype": dtype},
-    }
-    command = [sys.executable, "-c", MEASURE, json.dumps(setting)]
-    measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    planned = memory(work, [save] * len(work.blocks))
-    print(
-        f"{case}: planned {planned['total'] / 1e6:.0f} MB, measured {measured / 1e6:.0f}", planned
-    )
-    assert planned["total"] == pytest.approx(measured, rel=0.05)
+    save = [save] * len(work.blocks)
+    planned, measured = memory(work, save)["total"], measure(work, placement, save)
+    print(f"{case}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+@on_linux
+def test_the_largest_batch_runs_within_its_limit():
+    _, work = workload(SMOLLM2, 6, "interleaved", 1, 512)
+    work, limit = replace(work, device="cpu"), 1e9
+    work = replace(work, batch=largest_batch(work, USABLE * limit))
+    save = choose_save(work, USABLE * limit)
+    assert work.batch > 4 and len(set(save)) > 1
+    assert measure(work, "interleaved", save) <= limit
 
 
 def test_policies_fit_the_limit_and_no_more_is_computed_again_than_that_takes():

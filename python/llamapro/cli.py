@@ -154,7 +154,7 @@ def plan(
         placement: Where; every placement side by side by default.
         seq: Tokens of a row.
         batch: Rows of a step.
-        memory: What there is, such as 80GB: finds what to save so that the step fits.
+        memory: What there is, such as 80GB: finds what to save so that the step fits in 95 % of it.
         dtype: Of weights and activations.
         device: Whose matrix products bound the speed.
     """
@@ -166,7 +166,7 @@ def plan(
             planner.PLANS if placement == "every" else (placement,),
             batch,
             seq,
-            limit=None if memory is None else planner.parse_bytes(memory),
+            limit=None if memory is None else planner.usable(memory),
             rate=matmul_rate(where, kind, 8192 if where.type == "cuda" else 1024),
             dtype=kind,
             device=where.type,

@@ -18,6 +18,7 @@ from llamapro_kernels.block import SAVE
 from llamapro_kernels.linear_cross_entropy import chunk_bytes
 
 MASTER, MOMENTS, GRADIENT = 4, 8, 4  # bytes of a trainable parameter, in fp32
+USABLE = 0.95  # of a limit: allocators lose some between tensors, and libraries take some
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,11 @@ def parse_bytes(text: str) -> float:
         raise ValueError(f"memory such as 80GB or 24GiB expected, got {text!r}")
     base = 1024 if match[3] else 1000
     return float(match[1]) * base ** (1 + "KMGT".index(match[2].upper()))
+
+
+def usable(text: str) -> float:
+    """The bytes of a limit such as "80GB" that tensors may take."""
+    return USABLE * parse_bytes(text)
 
 
 PLANS = ("interleaved", "interleaved in the top half", "suffix", "prefix")

@@ -225,7 +225,7 @@ def _policies(config: TrainConfig, device: torch.device) -> list[str]:
     trainable = None if config.trainable == "all" else tuple(model.new_blocks)
     sizes = config.batch_size, config.seq_len, getattr(torch, config.dtype), device.type
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    limit = planner.parse_bytes(config.memory) - libraries
+    limit = planner.usable(config.memory) - libraries
     return planner.choose_save(planner.Workload(model, trainable, *sizes), limit)
 
 

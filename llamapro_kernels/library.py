@@ -148,32 +148,37 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced[:] = [other for other in _forced if other is not entry]
 
 
-def _instruction_set() -> str:
-    """The best of the builds of csrc/ that this CPU can run; LLAMAPRO_CPU_CAPABILITY names one."""
+def _runnable_builds() -> list[str]:
+    """The builds of csrc/ that this CPU can run, best first; LLAMAPRO_CPU_CAPABILITY names one."""
     if asked := os.environ.get("LLAMAPRO_CPU_CAPABILITY"):
-        return asked
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return "baseline"
-    if platform.machine() != "x86_64" or not flags >= {"avx2", "fma", "f16c", "bmi2", "movbe"}:
-        return "baseline"
-    if not flags >= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}:
-        return "avx2"
-    return "avx512_bf16" if "avx512_bf16" in flags else "avx512"
+        return [asked]
+    needed = {
+        "avx2": {"avx2", "fma", "f16c", "bmi2", "movbe"},
+        "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+        "avx512_bf16": {"avx512_bf16"},
+    }
+    runnable = ["baseline"]
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    for name, more in needed.items():
+        if platform.machine() != "x86_64" or not flags >= more:
+            break
+        runnable.insert(0, name)
+    return runnable
 
 
 def _load_extension() -> str | None:
     """Load the compiled CPU ops as torch.ops.llamapro_cpp. Returns why there are none, or None."""
     if os.environ.get("LLAMAPRO_NO_EXTENSION") == "1":
         return "LLAMAPRO_NO_EXTENSION is 1"
-    path = Path(__file__).parent / f"cpu_{_instruction_set()}.so"
-    if not path.exists():
-        return f"{path.name} was not built"
+    paths = [Path(__file__).parent / f"cpu_{name}.so" for name in _runnable_builds()]
+    built = [path for path in paths if path.exists()]
+    if not built:
+        return f"{paths[0].name} was not built"
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(built[0])
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        return f"{built[0].name} does not load: {error}"
     return None
 
 
@@ -192,8 +197,8 @@ def _say_once_that_cpu_ops_are_missing() -> None:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast where it is on; None elsewhere, on devices without it too."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    """The dtype of autocast where it is on; None elsewhere, and on meta, which has none."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

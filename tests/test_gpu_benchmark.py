@@ -18,6 +18,7 @@ import llamapro_kernels as lk
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import cases as gpu_cases
 from benchmarks.gpu import measure as gpu_measure
+from benchmarks.gpu import step
 from benchmarks.gpu.cases import Llama, Scale
 from benchmarks.gpu.measure import Cpu, Cuda, Peer
 
@@ -316,3 +317,17 @@ def test_results_of_repeated_heads_are_summed():
     )
     for name in plain:
         torch.testing.assert_close(plain[name], expanded[name])
+
+
+def test_the_step_of_every_side():
+    """In processes, on a small model: ours and plain PyTorch have one loss, nothing fails."""
+    pytest.importorskip("transformers")
+    rows = {
+        side: step.row_in_a_process((side, step.TINY, 2, "interleaved", 2, 64, "cpu"))
+        for side in step.SIDES
+    }
+    assert not any("failed" in row for row in rows.values()), rows
+    assert rows["ours"]["loss"] == pytest.approx(rows["composition"]["loss"], rel=1e-2)
+    assert all(row["tokens/s"] > 0 and row["peak GB"] > 0 for row in rows.values())
+    failed = step.row_in_a_process(("ours", {"vocab_size": -1}, 2, "interleaved", 2, 64, "cpu"))
+    assert failed.keys() == {"failed"}

@@ -1,0 +1,196 @@
+"""The whole training step on one GPU: Llama-2-7B and 8 new blocks, and its neighbours.
+
+    python -m benchmarks.gpu.step --out DIR           # writes DIR/step-<device>-<date>.json
+    python -m benchmarks.gpu.step --out DIR --tiny    # the same on small models, on a CPU too
+
+From the repository's root, with it and `python/` on the path. Every row is a process of its own, so
+that one which runs out of memory says so and the others go on; the file is written anew after each.
+Weights are random with the real shapes and tokens are random. The share of the roof counts the
+FLOPs that are really needed, without those that are computed again; the roof is a large bf16
+product in the same process.
+"""
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from llamapro import Llama, LlamaConfig
+from llamapro.expansion import expanded_config
+from llamapro.hardware import keep_freed_memory, matmul_rate, peak_memory
+from llamapro.optimizer import Optimizer
+from llamapro.planner import USABLE, Workload, choose_save, flops, memory, slots_of
+from llamapro.storage import write_json
+
+import llamapro_kernels as lk
+
+LLAMA2_7B = {"num_hidden_layers": 32}
+LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 5e5}
+LLAMA3_8B = {**LLAMA3, "num_hidden_layers": 32, "intermediate_size": 14336}
+LLAMA32_1B = {
+    **LLAMA3,
+    **{"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192},
+    **{"num_attention_heads": 32, "tie_word_embeddings": True},
+}
+TINY = {
+    **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
+    "num_attention_heads": 4,
+}
+# (model, its shape, new blocks, placement or "all" for training everything, rows of 4096 tokens)
+MODELS = [
+    ("Llama-2-7B + 8", LLAMA2_7B, 8, "interleaved", 2),
+    ("Llama-2-7B + 8", LLAMA2_7B, 8, "suffix", 4),
+    ("Llama-3.2-1B + 4", LLAMA32_1B, 4, "interleaved", 4),
+    ("Llama-3-8B + 8", LLAMA3_8B, 8, "interleaved", 1),
+    ("Llama-3.2-1B", LLAMA32_1B, 0, "all", 2),
+]
+SIDES = ("ours", "composition", "transformers", "transformers checkpointing")
+STEPS = 6  # of which the first two warm up
+
+
+def configuration(shape, new_blocks, placement):
+    base = LlamaConfig(max_position_embeddings=4096, **shape)
+    if placement == "all":
+        return base
+    return expanded_config(
+        base, slots_of(base.num_hidden_layers, new_blocks, placement), None, False
+    )
+
+
+def rotate(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def composition(x, w, cos, sin, *, eps, cu_seqlens=None, cache=None, save="all"):
+    """`lk.decoder_block` as plain PyTorch, with SDPA."""
+    dim, width = cos.shape[-1], x.shape[-1:]
+    heads = w.o_proj.shape[1] // dim
+    kv_heads = (w.qkv.shape[0] // dim - heads) // 2
+    normed = F.rms_norm(x, width, w.attention_norm, eps)
+    qkv = F.linear(normed, w.qkv).unflatten(-1, (-1, dim)).transpose(1, 2)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+    q, k = (rotate(t, cos.to(x.dtype), sin.to(x.dtype)) for t in (q, k))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    h = x + F.linear(o.transpose(1, 2).flatten(2), w.o_proj)
+    gate, up = F.linear(F.rms_norm(h, width, w.mlp_norm, eps), w.gate_up).chunk(2, -1)
+    return h + F.linear(F.silu(gate) * up, w.down_proj)
+
+
+def our_model(config, save, device):
+    with torch.device(device):
+        model = Llama(config)
+    for block, policy in zip(model.blocks, save, strict=True):
+        block.save = policy
+    return model, model.blocks, lambda tokens, targets: model.loss(tokens, targets)
+
+
+def their_model(config, checkpointing, device):
+    from transformers import AutoModelForCausalLM
+    from transformers import LlamaConfig as TheirConfig
+
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            TheirConfig(**config.to_dict()), dtype=torch.bfloat16
+        )
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def loss(tokens, targets):
+        return model(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+
+    return model, model.model.layers, loss
+
+
+def measure(side, shape, new_blocks, placement, batch, length, device):
+    """One row: tokens/s, share of the roof, peak and planned memory."""
+    torch.set_default_dtype(torch.bfloat16)
+    torch.manual_seed(0)
+    config = configuration(shape, new_blocks, placement)
+    trainable = None if placement == "all" else tuple(config.new_blocks)
+    work = Workload(config, trainable, batch, length, torch.bfloat16, device)
+    save = ["all"] * len(work.blocks)
+    if device == "cuda" and side == "ours":
+        save = choose_save(work, USABLE * torch.cuda.get_device_properties(0).total_memory)
+    if side == "composition":
+        lk.decoder_block = composition
+    if side in ("ours", "composition"):
+        model, blocks, loss_of = our_model(config, save, device)
+    else:
+        model, blocks, loss_of = their_model(config, side.endswith("checkpointing"), device)
+    model.requires_grad_(trainable is None)
+    for i in work.trained:
+        blocks[i].requires_grad_(True)
+    optimizer = Optimizer(model, clip=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+    rows = torch.randint(config.vocab_size, (batch, length + 1), device=device)
+    seconds = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        loss = loss_of(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+        loss.backward()
+        optimizer.clip_and_check(loss, 1)  # waits for the device
+        optimizer.step(1e-5)
+        seconds.append(time.perf_counter() - start)
+    step = sorted(seconds[2:])[len(seconds[2:]) // 2]
+    rate = matmul_rate(torch.device(device), torch.bfloat16, 8192 if device == "cuda" else 512)
+    return {
+        "tokens/s": round(batch * length / step, 1),
+        "share of the roof": round(sum(flops(work).values()) / step / rate, 3),
+        "roof TFLOP/s": round(rate / 1e12, 2),
+        "peak GB": round(peak_memory(torch.device(device)) / 1e9, 2),
+        "planned GB": round(memory(work, save)["total"] / 1e9, 2),
+        "save": {kind: save.count(kind) for kind in sorted(set(save))},
+        "loss": round(loss.item(), 3),
+    }
+
+
+def row_in_a_process(arguments):
+    command = [sys.executable, "-m", "benchmarks.gpu.step", "--row", json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="small models, to try the command")
+    parser.add_argument("--minutes", type=float, default=9, help="no row starts after these")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        keep_freed_memory()
+        print(json.dumps(measure(*json.loads(options.row))))
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    report = {"device": name, "torch": torch.__version__, "commit": commit.strip(), "rows": []}
+    options.out.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = options.out / f"step-{slug}-{datetime.date.today()}.json"
+    began = time.monotonic()
+    for model, shape, new_blocks, placement, batch in MODELS:
+        for side in SIDES:
+            if time.monotonic() - began > 60 * options.minutes:
+                continue
+            small = (TINY, min(new_blocks, 2), placement, 2, 64)
+            sizes = small if options.tiny else (shape, new_blocks, placement, batch, 4096)
+            row = {"model": model, "placement": placement, "batch": sizes[3], "side": side}
+            row |= row_in_a_process((side, *sizes, device))
+            report["rows"].append(row)
+            write_json(path, report)
+            print(row, flush=True)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from llamapro.data import Rows, load_tokenizer, load_tokens
 from llamapro.evaluate import perplexity
 from llamapro.hardware import pick_device
 from llamapro.model import Llama
+from llamapro.planner import table
 from llamapro.storage import new_directory
 from llamapro.train import TrainConfig
 
@@ -103,7 +104,7 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
     lines = [
         "# What was learnt and what was kept",
         "",
-        *_table(head, [_cells(r, base) for r in rows]),
+        *table(head, [_cells(r, base) for r in rows]),
     ]
     counts = ", ".join(f"{base['perplexity'][name]['tokens']} tokens of {name}" for name in sets)
     places = [base["path"], *(run["path"].parent for run in runs)]
@@ -158,10 +159,6 @@ def _cells(row: dict, base: dict) -> list[str]:
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
         row["frozen"],
     ]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def command(config: dict) -> list[str]:

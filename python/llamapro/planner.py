@@ -97,7 +97,8 @@ def parameters(config: LlamaConfig) -> dict[str, int]:
 def flops(work: Workload, save: list[str] | None = None) -> dict[str, int]:
     """FLOPs of one step, exactly: each multiplication and each addition of a matrix product.
 
-    save: the policy of each block, "all" by default. Elementwise work is not counted.
+    The first three are those of the blocks' weights. save: the policy of each block, "all" by
+    default. Elementwise work is not counted.
     """
     shape, count, blocks = Shape.of(work.config), work.tokens, len(work.blocks)
     save = save or ["all"] * blocks
@@ -111,9 +112,11 @@ def flops(work: Workload, save: list[str] | None = None) -> dict[str, int]:
         "input": block - 2 * count * shape.width * shape.inner + attention,
     }
     return {
-        "forward": blocks * (block + attention) + head,
-        "input gradient": len(work.recorded) * (block + attention // 2 * 5) + head,
-        "weight gradient": len(work.trained) * block + head * (work.trainable is None),
+        "forward": blocks * block,
+        "input gradient": len(work.recorded) * block,
+        "weight gradient": len(work.trained) * block,
+        "attention": (2 * blocks + 5 * len(work.recorded)) * attention // 2,
+        "head": (2 + (work.trainable is None)) * head,
         "recomputed": sum(again[save[i]] for i in work.recorded),
     }
 

@@ -18,6 +18,8 @@ from llamapro.planner import slots_of
 from llamapro.train import freeze
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llamapro_kernels import library
+
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -95,6 +97,9 @@ class Products(TorchDispatchMode):
         self.seen, self.operands = [], {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() == "llamapro::linear_cross_entropy":  # has products inside
+            with self:
+                return library._ops["linear_cross_entropy"]._router("forward")(*args)
         if function in PRODUCTS:
             self.seen.append(tuple(self.like(t) for t in args if isinstance(t, torch.Tensor))[-2:])
         return function(*args, **(kwargs or {}))

@@ -129,7 +129,7 @@ def visible_pairs(queries: int, keys: int, causal: bool = True, window: int | No
     """How many (query, key) pairs attention looks at: 4 D FLOPs each, for each head, forward."""
     if not causal:
         return queries * keys
-    first = max(0, keys - queries) + 1 if keys >= queries else 1
+    first = max(0, keys - queries) + 1
     seen = range(first, first + min(queries, keys))  # by the queries that see any key
     most = keys if window is None else window
     return sum(min(count, most) for count in seen)

@@ -309,7 +309,9 @@ def _check(x, w, cos, sin, window, cu_seqlens, save):
         (width, inner),
     )
     shapes = tuple(tuple(t.shape) for t in w[:6])
-    if shapes != expected or values % dim or (rows - values) % (2 * dim) or rows <= values:
+    heads, kv_heads = values // dim, (rows - values) // (2 * dim)
+    whole = values == heads * dim and rows == (heads + 2 * kv_heads) * dim and dim % 2 == 0
+    if shapes != expected or not whole or kv_heads < 1 or heads % kv_heads:
         raise ValueError(
             f"weights for N = {width} and D = {dim} expected, see BlockWeights; got {shapes}"
         )

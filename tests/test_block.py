@@ -240,6 +240,11 @@ def test_bad_input_is_refused():
         "weights for N = 24 and D = 8 expected": lambda: lk.decoder_block(
             x, w._replace(gate_up=w.gate_up[1:]), cos, sin
         ),
+        r"got \(\(24,\), \(56, 24\), \(24, 24\)": lambda: (
+            lk.decoder_block(  # 2 key heads, 3 query heads
+                x, w._replace(qkv=w.qkv[:56], o_proj=w.o_proj[:, :24]), cos, sin
+            )
+        ),
         "window must be at least 1": lambda: lk.decoder_block(x, w, cos, sin, window=0),
         "no gradients through a cache": lambda: lk.decoder_block(
             x.requires_grad_(), w, cos, sin, cache=lambda k, v: (k, v)

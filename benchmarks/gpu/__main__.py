@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from llamapro.storage import write_json
+from llamapro.storage import write_json, write_text
 
 import llamapro_kernels as lk
 from benchmarks.gpu import cases, measure
@@ -61,7 +61,7 @@ class Run:
     def write(self, finished=False):
         self.report |= {"seconds": round(self.seconds(), 1), "finished": finished}
         write_json(self.path, self.report)
-        self.path.with_suffix(".md").write_text(markdown(self.report))
+        write_text(self.path.with_suffix(".md"), markdown(self.report))
 
     def add(self, kind: str, row: dict):
         self.report[kind].append(row)

@@ -9,7 +9,6 @@ run/summary.json            what came out
 
 import base64
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,9 +110,7 @@ class Run:
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # not one cut short by a crash
         kept = [line for line in whole if keep_evaluation and json.loads(line)["step"] <= step]
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.metrics)
+        storage.write_text(self.metrics, "".join(kept))
 
 
 @contextmanager

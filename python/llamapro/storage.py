@@ -66,8 +66,13 @@ def lock(directory: Path) -> Iterator[None]:
 
 def write_json(path: Path, value) -> None:
     """Replace a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text)
     sync(partial)
     os.replace(partial, path)
 

@@ -31,7 +31,8 @@ SMOLLM2 = {
     "rope_theta": 1e5,
     "tie_word_embeddings": True,
 }
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default)
+ONEDNN = torch.ops.mkldnn._linear_pointwise.default
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, ONEDNN)
 CASES = [
     ("bfloat16", 2, 512, "new_blocks"),
     ("bfloat16", 1, 2048, "new_blocks"),
@@ -101,7 +102,8 @@ class Products(TorchDispatchMode):
             with self:
                 return library._ops["linear_cross_entropy"]._router("forward")(*args)
         if function in PRODUCTS:
-            self.seen.append(tuple(self.like(t) for t in args if isinstance(t, torch.Tensor))[-2:])
+            operands = tuple(self.like(t) for t in args if isinstance(t, torch.Tensor))[-2:]
+            self.seen.append((function is ONEDNN, operands))
         return function(*args, **(kwargs or {}))
 
     def like(self, t):
@@ -112,8 +114,11 @@ class Products(TorchDispatchMode):
         return self.operands[key]
 
     def repeat(self):
-        for a, b in self.seen:
-            torch.mm(a, b)
+        for is_onednn, operands in self.seen:
+            if is_onednn:
+                ONEDNN(*operands, None, "none", [], "")
+            else:
+                torch.mm(*operands)
 
 
 def our_step(batch, length, **options):

@@ -22,10 +22,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import linear
 
 from llamapro_kernels import library
 from llamapro_kernels.attention import check_documents
+from llamapro_kernels.product import linear, matmul
 
 Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 SAVE = ("all", "light", "input")
@@ -152,14 +152,14 @@ def _backward(dy, kept, w, settings, wanted):
 
 
 def _mlp_backward(dy, kept, w, settings, wanted, grads):
-    dgate_up = ops.swiglu_backward(dy @ w.down_proj, kept.gate_up)
+    dgate_up = ops.swiglu_backward(matmul(dy, w.down_proj), kept.gate_up)
     if wanted.weights.gate_up:
         grads["gate_up"] = _weight_gradient(dgate_up, _normed(kept.h, w.mlp_norm, settings))
     _bias_gradient(grads, "gate_up_bias", dgate_up, wanted)
     if not wanted.normed_h:
         return None
     dh, grads["mlp_norm"] = _norm_backward(
-        dgate_up @ w.gate_up, dy, kept.h, w.mlp_norm, kept.h_rstd, wanted.h,
+        matmul(dgate_up, w.gate_up), dy, kept.h, w.mlp_norm, kept.h_rstd, wanted.h,
         wanted.weights.mlp_norm,
     )  # fmt: skip
     return dh
@@ -171,14 +171,14 @@ def _attention_backward(dh, kept, w, settings, wanted, grads):
     _bias_gradient(grads, "o_proj_bias", dh, wanted)
     if not wanted.qkv:
         return None
-    dqkv = _qkv_backward((dh @ w.o_proj).view(kept.o.shape), kept, settings)
+    dqkv = _qkv_backward(matmul(dh, w.o_proj).view(kept.o.shape), kept, settings)
     if wanted.weights.qkv:
         grads["qkv"] = _weight_gradient(dqkv, _normed(kept.x, w.attention_norm, settings))
     _bias_gradient(grads, "qkv_bias", dqkv, wanted)
     if not wanted.normed_x:
         return None
     dx, grads["attention_norm"] = _norm_backward(
-        dqkv @ w.qkv, dh, kept.x, w.attention_norm, kept.x_rstd, wanted.x,
+        matmul(dqkv, w.qkv), dh, kept.x, w.attention_norm, kept.x_rstd, wanted.x,
         wanted.weights.attention_norm,
     )  # fmt: skip
     return dx
@@ -211,7 +211,7 @@ def _normed(x, weight, settings):
 
 
 def _weight_gradient(dy, x):
-    return dy.flatten(0, 1).T @ x.flatten(0, 1)
+    return matmul(dy.flatten(0, 1).T, x.flatten(0, 1))
 
 
 def _bias_gradient(grads, name, dy, wanted):

@@ -22,6 +22,7 @@ import torch
 
 from llamapro_kernels import library
 from llamapro_kernels.library import tl, triton
+from llamapro_kernels.product import matmul
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
 # Each chunk reads the whole weight again (and adds to the whole of dweight): this many tokens, at
@@ -144,7 +145,7 @@ def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *
         want = want_x or want_weight
         softmax(logits, targets[rows], ignore_index, losses[rows], lse[rows], want)
         if want_x:
-            torch.mm(logits, weight, out=dx[rows])
+            matmul(logits, weight, out=dx[rows])
         if want_weight:
             _add_product(dweight, logits.T, x[rows])
     return losses if per_token else losses.sum(), lse, dx, dweight
@@ -174,7 +175,7 @@ def _logits_by_chunk(x, weight):
     buffer = x.new_empty((length, (vocabulary + 15) // 16 * 16))
     for rows in chunks:
         logits = buffer[: len(x[rows]), :vocabulary]
-        yield rows, torch.mm(x[rows], weight.T, out=logits)
+        yield rows, matmul(x[rows], weight.T, out=logits)
 
 
 def _softmax_triton(logits, targets, ignore_index, losses, lse, want_gradient):

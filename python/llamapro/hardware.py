@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from llamapro_kernels.product import matmul
+
 
 def pick_device(device: str = "auto") -> torch.device:
     """ "auto" is CUDA when there is one, otherwise the CPU. Raises ValueError for what is not."""
@@ -31,7 +33,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
     for _ in range(6):  # the first one warms up
         _wait(device)
         start = time.perf_counter()
-        a @ b
+        matmul(a, b)
         _wait(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / sorted(times[1:])[2]

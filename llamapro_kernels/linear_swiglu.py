@@ -21,10 +21,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import linear
 
 from llamapro_kernels import library
 from llamapro_kernels.library import TensorDescriptor, tl, triton
+from llamapro_kernels.product import linear, matmul
 from llamapro_kernels.swiglu import swiglu_forward_cpp, swiglu_reference
 
 # (BLOCK_M, BLOCK_I, BLOCK_N, warps, stages): tokens, columns of y, and the summed dimension.
@@ -41,7 +41,7 @@ TILES = {
 
 def linear_swiglu_reference(x, weight):
     """Ground truth: silu(gate) * up of the projection, rounded as a linear layer would."""
-    return swiglu_reference(linear(x, weight))
+    return swiglu_reference(torch.nn.functional.linear(x, weight))
 
 
 def linear_swiglu_forward_cpp(x, weight):
@@ -53,9 +53,9 @@ def linear_swiglu_backward(dy, x, weight, want_x, want_weight):
     dgate_up = torch.ops.llamapro.swiglu_backward(dy, linear(x, weight))
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     if want_x:
-        dx = dgate_up @ weight
+        dx = matmul(dgate_up, weight)
     if want_weight:
-        dweight = library.as_rows(dgate_up).T @ library.as_rows(x)
+        dweight = matmul(library.as_rows(dgate_up).T, library.as_rows(x))
     return dx, dweight
 
 

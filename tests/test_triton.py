@@ -13,7 +13,7 @@ from test_ops import DEVICE, as_tuple, convert, draw, move
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import llamapro_kernels as lk
-from llamapro_kernels import library
+from llamapro_kernels import library, product
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or library.INTERPRETED), reason="needs a GPU or the interpreter"
@@ -120,6 +120,12 @@ FORWARD = {
         ["logits", "rows", "rows", "one", "weight"],
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def products_of_a_gpu(monkeypatch):
+    """In the interpreter too: what is counted is what a GPU would be asked for."""
+    monkeypatch.setattr(product, "MKL_IS_SLOW", False)
 
 
 @pytest.fixture

@@ -148,6 +148,13 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced[:] = [other for other in _forced if other is not entry]
 
 
+@functools.cache
+def cpu_words() -> set[str]:
+    """What Linux says of the CPU, its maker and its flags among it; nothing elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+
+
 def _runnable_builds() -> list[str]:
     """The builds of csrc/ that this CPU can run, best first; LLAMAPRO_CPU_CAPABILITY names one."""
     if asked := os.environ.get("LLAMAPRO_CPU_CAPABILITY"):
@@ -158,10 +165,8 @@ def _runnable_builds() -> list[str]:
         "avx512_bf16": {"avx512_bf16"},
     }
     runnable = ["baseline"]
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     for name, more in needed.items():
-        if platform.machine() != "x86_64" or not flags >= more:
+        if platform.machine() != "x86_64" or not cpu_words() >= more:
             break
         runnable.insert(0, name)
     return runnable

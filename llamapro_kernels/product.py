@@ -1,26 +1,18 @@
 """Matrix products between the kernels: PyTorch's, or oneDNN's where that is the faster library.
 
 For fp32 on a CPU PyTorch asks MKL, which does not use the wide vectors of AMD's CPUs. There
-the same product comes from oneDNN, which PyTorch brings too and asks in bf16 anyway.
-These functions have no derivative: they stand where a gradient is written out.
+the same product comes from oneDNN, which PyTorch brings too and asks in bf16 anyway. These
+functions have no derivative: they stand where a gradient is written out.
 """
-
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from llamapro_kernels import library
+
 PIECE = 8192  # columns of a product that are copied to where they belong while in the cache
-
-
-def _mkl_is_slow() -> bool:
-    """Whether PyTorch has both libraries, on an x86 CPU that MKL was not made for."""
-    cpuinfo = Path("/proc/cpuinfo")
-    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return both and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
-
-
-MKL_IS_SLOW = _mkl_is_slow()
+ONEDNN = torch.backends.mkldnn.is_available()
+MKL_IS_SLOW = ONEDNN and torch.backends.mkl.is_available() and "AuthenticAMD" in library.cpu_words()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,5 +47,5 @@ def _flops(x, weight, *_, out_shape=None):
     return 2 * torch.Size(x).numel() * weight[0]
 
 
-if MKL_IS_SLOW and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

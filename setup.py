@@ -5,6 +5,7 @@ LLAMAPRO_NO_EXTENSION=1, the package is complete but for the compiled ops on a C
 then serves. LLAMAPRO_SANITIZE=1 builds with the address and undefined-behaviour sanitizers.
 """
 
+import copy
 import os
 import platform
 import sys
@@ -40,8 +41,11 @@ class BuildLibraries(build_ext):
         return os.path.join(*name.split(".")) + ".so"
 
     def build_extension(self, extension):
+        # In a folder of its own: objects of all have the same names, and are compiled at once.
+        build = copy.copy(self)
+        build.build_temp = os.path.join(self.build_temp, extension.name)
         try:
-            super().build_extension(extension)
+            super(BuildLibraries, build).build_extension(extension)
         except Exception as error:
             say(f"{extension.name} is not built: {error}")
 

@@ -1,6 +1,10 @@
 """What holds for the compiled CPU ops alone: blocks, threads, memory that is freed or too small."""
 
 import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,27 @@ MASKS = {
     "packed window": {"cu_seqlens": [0, 150, 300], "window": 40},
 }
 LENGTHS = {"causal": [(1, 300, 300), (2, 129, 257), (1, 65, 300), (2, 300, 65), (1, 1, 300)]}
+
+
+# Of each build: what other CPUs than those it is loaded on would have.
+FOREIGN = {
+    "baseline": "ymm|zmm",
+    "avx2": "zmm",
+    "avx512": r"\bv(dpbf16ps|cvtne)",
+    "avx512_bf16": r"\bt(dp|ileload)",
+}
+
+
+@pytest.mark.parametrize("build", FOREIGN)
+def test_a_build_has_the_instructions_of_its_cpus_alone(build):
+    """Any other would end the process there; objects of two builds were once mixed up."""
+    path = Path(library.__file__).parent / f"cpu_{build}.so"
+    if not path.exists() or not shutil.which("objdump"):
+        pytest.skip("no such build, or no objdump to read it with")
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", path]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "ret" in listing
+    assert not re.search(FOREIGN[build], listing)
 
 
 @pytest.fixture

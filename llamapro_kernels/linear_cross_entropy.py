@@ -22,7 +22,7 @@ import torch
 
 from llamapro_kernels import library
 from llamapro_kernels.library import tl, triton
-from llamapro_kernels.product import matmul
+from llamapro_kernels.product import add_matmul, matmul
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
 # Each chunk reads the whole weight again (and adds to the whole of dweight): this many tokens, at
@@ -147,7 +147,7 @@ def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *
         if want_x:
             matmul(logits, weight, out=dx[rows])
         if want_weight:
-            _add_product(dweight, logits.T, x[rows])
+            add_matmul(dweight, logits.T, x[rows])
     return losses if per_token else losses.sum(), lse, dx, dweight
 
 
@@ -157,7 +157,7 @@ def _backward_weight(dloss, x, weight, targets, lse, ignore_index, *, gradient):
     targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):
         gradient(logits, targets[rows], ignore_index, lse[rows], dloss[rows])
-        _add_product(dweight, logits.T, x[rows])
+        add_matmul(dweight, logits.T, x[rows])
     return dweight.to(weight.dtype)
 
 
@@ -211,16 +211,6 @@ def _softmax_cpp(logits, targets, ignore_index, losses, lse, want_gradient):
 def _gradient_cpp(logits, targets, ignore_index, lse, dloss):
     dloss = library.contiguous_fp32(dloss)
     library.cpp.cross_entropy(logits, targets, ignore_index, lse, None, dloss, True)
-
-
-def _add_product(total, a, b):
-    """total (fp32) += a @ b, whose sums stay in fp32 where the device has such a product."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a @ b
 
 
 def _fake(x, weight, targets, ignore_index, per_token, want_x, want_weight):

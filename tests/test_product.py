@@ -1,34 +1,41 @@
-"""Products by either library, whatever this machine's CPU would choose."""
+"""Products by every way there is, whatever this machine's CPU would choose."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llamapro_kernels import product
-from llamapro_kernels.product import linear, matmul
+from llamapro_kernels.product import add_matmul, linear, matmul
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
 )
+SIXTEEN_BITS = {torch.bfloat16, torch.float16}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = dict(zip(DTYPES, (1e-12, 1e-5, 1e-2, 2e-3), strict=True))
 
 
-@pytest.fixture(params=[False, True], ids=["pytorch", "onednn"], autouse=True)
-def slow(request, monkeypatch):
-    monkeypatch.setattr(product, "MKL_IS_SLOW", request.param)
+@pytest.fixture(params=["Intel", "AMD", "Intel, fp32 alone", "AMD, fp32 alone"], autouse=True)
+def cpu(request, monkeypatch):
+    monkeypatch.setattr(product, "MKL_IS_SLOW", "AMD" in request.param)
+    monkeypatch.setattr(product, "EMULATED", SIXTEEN_BITS if "alone" in request.param else set())
     monkeypatch.setattr(product, "PIECE", 16)
+    monkeypatch.setattr(product, "ROWS", 4)
     torch.manual_seed(0)
+    return request.param
 
 
 def random(*shape, dtype=torch.float32):
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def check(result, truth):
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[result.dtype]
+def check(result, truth, dtype=None):
+    tolerance = TOLERANCE[dtype or result.dtype]
     torch.testing.assert_close(result.double(), truth, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [(), (1,), (2, 7), (0, 3)])
 def test_values(rows, dtype):
     x, weight = random(*rows, 24, dtype=dtype), random(37, 24, dtype=dtype)
@@ -38,7 +45,7 @@ def test_values(rows, dtype):
     check(matmul(dy, weight), dy.double() @ weight.double())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_transposed_and_into(dtype):
     dy, x = random(11, 37, dtype=dtype), random(11, 24, dtype=dtype)
     check(matmul(dy.T, x), dy.double().T @ x.double())
@@ -49,15 +56,57 @@ def test_transposed_and_into(dtype):
     assert (out[:, 37:] == 7).all()
 
 
-def test_the_library_asked(slow, request):
-    """fp32 alone goes to oneDNN, and its FLOPs are counted like PyTorch's."""
-    asked = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        with FlopCounterMode(display=False) as counter:
-            linear(random(2, 7, 24, dtype=dtype), random(37, 24, dtype=dtype))
-        assert counter.get_total_flops() == 2 * 14 * 24 * 37
-        (asked[dtype],) = counter.get_flop_counts()["Global"]
-    onednn = "onednn" in request.node.callspec.id
-    expected = torch.ops.mkldnn._linear_pointwise if onednn else torch.ops.aten.mm
-    assert asked[torch.float32] == expected
-    assert asked[torch.bfloat16] == asked[torch.float64] == torch.ops.aten.mm
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_added(dtype, cpu):
+    """The sum is rounded to 16 bits on its way only where PyTorch multiplies those."""
+    a, b, total = random(11, 37, dtype=dtype), random(11, 24, dtype=dtype), random(37, 24)
+    truth = total.double() + a.double().T @ b.double()
+    add_matmul(total, a.T, b)
+    check(total, truth, torch.float32 if "alone" in cpu else dtype)
+
+
+class Asked(TorchDispatchMode):
+    """What multiplied, and what was multiplied: [(op, dtype)]."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.mkldnn._linear_pointwise):
+            self.products.append((function.overloadpacket, args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_library_asked(dtype, cpu):
+    in_fp32 = dtype == torch.float32 or (dtype in SIXTEEN_BITS and "alone" in cpu)
+    onednn = in_fp32 and "AMD" in cpu
+    op = torch.ops.mkldnn._linear_pointwise if onednn else torch.ops.aten.mm
+    with Asked() as asked:
+        linear(random(2, 7, 24, dtype=dtype), random(16, 24, dtype=dtype))
+    assert asked.products == [(op, torch.float32 if in_fp32 else dtype)]
+
+
+@pytest.mark.parametrize("dtype", sorted(SIXTEEN_BITS, key=str))
+def test_few_rows(dtype):
+    """Are bound by reading the weight, which is not copied for them."""
+    with Asked() as asked:
+        matmul(random(3, 24, dtype=dtype), random(24, 16, dtype=dtype))
+    assert asked.products == [(torch.ops.aten.mm, dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flops(dtype):
+    with FlopCounterMode(display=False) as counter:
+        linear(random(2, 7, 24, dtype=dtype), random(37, 24, dtype=dtype))
+    assert counter.get_total_flops() == 2 * 14 * 24 * 37
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compile(dtype):
+    x, weight, bias = random(2, 7, 24), random(37, 24), random(37)
+    x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    check(compiled(x, weight, bias), linear(x, weight, bias).double())

@@ -126,6 +126,7 @@ FORWARD = {
 def products_of_a_gpu(monkeypatch):
     """In the interpreter too: what is counted is what a GPU would be asked for."""
     monkeypatch.setattr(product, "MKL_IS_SLOW", False)
+    monkeypatch.setattr(product, "EMULATED", set())
 
 
 @pytest.fixture

@@ -10,12 +10,15 @@ PyTorch asks MKL in fp32 and oneDNN in 16 bits. Two rules differ from that, on a
 These functions have no derivative: they stand where a gradient is written out.
 """
 
+import itertools
+
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from llamapro_kernels import library
 
-PIECE = 8192  # columns of a product that are copied, as fp32 or to where they belong, at a time
+PIECE = 8192  # columns of a product that are copied to where they belong while in the cache
+COPIED = 1024  # rows, columns and depth of what is in fp32 at a time: 4 MB an operand
 ROWS = 16  # fewer take as long as reading the other operand, which is shortest in 16 bits
 ONEDNN = torch.backends.mkldnn.is_available()
 MKL_IS_SLOW = ONEDNN and torch.backends.mkl.is_available() and "AuthenticAMD" in library.cpu_words()
@@ -29,16 +32,22 @@ EMULATED = {
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., K) weight (N, K)^T + bias (N,) as (..., N), in their dtype."""
-    if _is_pytorchs(x):
-        return torch.nn.functional.linear(x, weight, bias)
-    return _by_fp32(x, weight.T, bias)
+    if _is_emulated(x):
+        return _by_fp32(x, weight.T, bias)
+    return _linear(x, weight, bias)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """a (..., K) b (K, N) as (..., N), in their dtype; with `out` (M, N) into it, from a (M, K)."""
-    if _is_pytorchs(a):
-        return a @ b if out is None else torch.mm(a, b, out=out)
-    return _by_fp32(a, b, out=out)
+    if _is_emulated(a):
+        return _by_fp32(a, b, out=out)
+    if out is None:
+        return _linear(a, b.T)
+    if not _takes_onednn(a):
+        return torch.mm(a, b, out=out)
+    for columns in _pieces(b.shape[1], PIECE):
+        out[:, columns] = _linear(a, b[:, columns].T)
+    return out
 
 
 def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -47,41 +56,56 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif _is_pytorchs(a):
-        total += a @ b
+    elif _is_emulated(a):
+        for rows, columns in itertools.product(_pieces(a.shape[0]), _pieces(b.shape[1])):
+            _add_by_fp32(total[rows, columns], a[rows], b[:, columns])
     else:
-        b = b.float()
-        for at in range(0, len(a), PIECE):
-            total[at : at + PIECE].addmm_(a[at : at + PIECE].float(), b)
+        total += a @ b
 
 
-def _is_pytorchs(a):
-    """Whether a product with `a` on the left is left to PyTorch."""
-    if a.device.type != "cpu" or not a.numel():
-        return True
-    if a.dtype == torch.float32:  # while compiling, PyTorch chooses among libraries itself
-        return not MKL_IS_SLOW or torch.compiler.is_compiling()
-    return a.dtype not in EMULATED or a.numel() < ROWS * a.shape[-1]
+def _takes_onednn(x):
+    if not MKL_IS_SLOW or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+        return False
+    return not torch.compiler.is_compiling()  # which chooses libraries itself
+
+
+def _is_emulated(a):
+    return a.dtype in EMULATED and a.device.type == "cpu" and a.numel() >= ROWS * a.shape[-1] > 0
+
+
+def _linear(x, weight, bias=None):
+    if _takes_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _by_fp32(a, b, bias=None, out=None):
-    """a b + bias in the dtype of a, by products in fp32."""
-    if out is None and (a.dtype == torch.float32 or b.shape[1] <= PIECE):
-        return _fp32_product(a.float(), b, bias).to(a.dtype)
+    """a b + bias in 16 bits, by products in fp32."""
     if out is None:
         out = a.new_empty((*a.shape[:-1], b.shape[1]))
-    a = a.float()
-    for at in range(0, b.shape[1], PIECE):
-        columns = slice(at, at + PIECE)
-        out[..., columns] = _fp32_product(a, b[:, columns], None if bias is None else bias[columns])
+    a, to = a.flatten(0, -2), out.flatten(0, -2)
+    for rows, columns in itertools.product(_pieces(a.shape[0]), _pieces(b.shape[1])):
+        added = None if bias is None else bias[columns].float()
+        to[rows, columns] = _add_by_fp32(added, a[rows], b[:, columns])
     return out
 
 
-def _fp32_product(a, b, bias):
-    weight, bias = b.float().T, None if bias is None else bias.float()
-    if MKL_IS_SLOW and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(a, weight, bias)
+def _add_by_fp32(total, a, b):
+    """total + a b, in place unless the total is no matrix."""
+    for depth in _pieces(a.shape[1]):
+        left, right = a[:, depth].float(), b[depth].float()
+        if total is None or total.dim() == 1:
+            total = _linear(left, right.T, total)
+        elif _takes_onednn(left):
+            total += _linear(left, right.T)
+        else:
+            torch.addmm(total, left, right, out=total)
+    return total
+
+
+def _pieces(length, size=None):
+    size = size or COPIED
+    return [slice(at, at + size) for at in range(0, length, size)]
 
 
 def _flops(x, weight, *_, out_shape=None):

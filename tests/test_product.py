@@ -21,6 +21,7 @@ def cpu(request, monkeypatch):
     monkeypatch.setattr(product, "MKL_IS_SLOW", "AMD" in request.param)
     monkeypatch.setattr(product, "EMULATED", SIXTEEN_BITS if "alone" in request.param else set())
     monkeypatch.setattr(product, "PIECE", 16)
+    monkeypatch.setattr(product, "COPIED", 8)
     monkeypatch.setattr(product, "ROWS", 4)
     torch.manual_seed(0)
     return request.param
@@ -84,7 +85,7 @@ def test_the_library_asked(dtype, cpu):
     onednn = in_fp32 and "AMD" in cpu
     op = torch.ops.mkldnn._linear_pointwise if onednn else torch.ops.aten.mm
     with Asked() as asked:
-        linear(random(2, 7, 24, dtype=dtype), random(16, 24, dtype=dtype))
+        linear(random(2, 4, 8, dtype=dtype), random(8, 8, dtype=dtype))
     assert asked.products == [(op, torch.float32 if in_fp32 else dtype)]
 
 

@@ -20,10 +20,11 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> str:
-    """ "bfloat16", unless this CPU multiplies "float32" faster."""
+    """ "bfloat16", half the memory, unless this CPU multiplies "float32" twice as fast."""
     if device.type == "cuda":
         return "bfloat16"
-    return max(("bfloat16", "float32"), key=lambda name: matmul_rate(device, getattr(torch, name)))
+    half, single = (matmul_rate(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    return "bfloat16" if 2 * half > single else "float32"
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

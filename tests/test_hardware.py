@@ -1,0 +1,27 @@
+"""What is chosen for a machine, whatever this one is."""
+
+import pytest
+import torch
+from llamapro import hardware
+
+
+@pytest.mark.parametrize(
+    "rate, chosen", [(5.0, "bfloat16"), (0.8, "bfloat16"), (0.2, "float32"), (0.01, "float32")]
+)
+def test_the_dtype_of_a_cpu(monkeypatch, rate, chosen):
+    """rate: of bf16, in that of fp32. Slower by less than half, it still halves the memory."""
+    rates = {torch.bfloat16: rate, torch.float32: 1.0}
+    monkeypatch.setattr(hardware, "matmul_rate", lambda device, dtype: rates[dtype])
+    assert hardware.pick_dtype(torch.device("cpu")) == chosen
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hardware.pick_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match="no CUDA"):
+        hardware.pick_device("cuda")
+
+
+def test_a_rate_is_measured_in_every_dtype():
+    for dtype in (torch.bfloat16, torch.float32):
+        assert hardware.matmul_rate(torch.device("cpu"), dtype, 64) > 0

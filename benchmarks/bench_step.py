@@ -32,7 +32,8 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, ONEDNN)
+MM, ADDMM = torch.ops.aten.mm, torch.ops.aten.addmm
+PRODUCTS = (MM.default, MM.out, ADDMM.default, ADDMM.out, ONEDNN)
 CASES = [
     ("bfloat16", 2, 512, "new_blocks"),
     ("bfloat16", 1, 2048, "new_blocks"),

@@ -42,19 +42,24 @@ CASES = [
 ]
 
 
-def our_model(dtype="bfloat16", trainable="new_blocks", placement="interleaved", save="all"):
+def checkpoint(path, dtype="bfloat16", placement="interleaved"):
+    """A directory that both sides load: random weights, six new blocks."""
     torch.manual_seed(0)
     slots = slots_of(SMOLLM2["num_hidden_layers"], 6, placement)
     positions = [i for i, slot in enumerate(slots) if slot.new]
     model = expand(Llama(LlamaConfig(**SMOLLM2)), placement=positions)
-    model.to(DEVICE, getattr(torch, dtype))
+    return str(model.to(getattr(torch, dtype)).save_pretrained(path))
+
+
+def our_model(path, trainable="new_blocks", save="all"):
+    model = Llama.from_pretrained(path, device=DEVICE)
     freeze(model, trainable)
     for block in model.blocks:
         block.save = save
     return model
 
 
-def their_model(path, trainable="new_blocks", checkpointing=False):
+def their_model(path, trainable="new_blocks", checkpointing=False, compiled=False):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(DEVICE).train()
@@ -63,6 +68,8 @@ def their_model(path, trainable="new_blocks", checkpointing=False):
         model.model.layers[i].requires_grad_(True)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        model.compile(dynamic=False)
     return model
 
 
@@ -141,27 +148,28 @@ def peak(side, **options):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_step(compare, benchmark, case, tmp_path):
-    dtype, *sizes, trainable = case
+    dtype, batch, length, trainable = case
     keep_freed_memory()
-    model = our_model(dtype, trainable)
-    path = str(model.save_pretrained(tmp_path / "model"))
+    same = {
+        "path": checkpoint(tmp_path / "model", dtype),
+        "batch": batch,
+        "length": length,
+        "trainable": trainable,
+    }
     products = Products()
     with products:
-        our_step(*sizes, dtype=dtype, trainable=trainable)()
-    compiled = their_model(path, trainable)
-    compiled.compile(dynamic=False)
+        our_step(**same)()
     peers = {
-        "transformers": their_step(*sizes, path=path, trainable=trainable),
-        "transformers compiled": stepper(compiled, their_loss, *sizes),
+        "transformers": their_step(**same),
+        "transformers compiled": their_step(**same, compiled=True),
     }
-    ours = stepper(model, our_loss, *sizes)
+    ours = our_step(**same)
     compare(ours, peers, dtype=getattr(torch, dtype), rounds=7, roof=products.repeat)
     if DEVICE == "cpu":
-        same = dict(zip(("batch", "length"), sizes, strict=True), trainable=trainable)
-        memory = peak("ours", dtype=dtype, **same)
+        memory = peak("ours", **same)
         benchmark.extra_info |= {
             "peak GB": round(memory, 2),
-            "transformers' peak / ours": round(peak("theirs", path=path, **same) / memory, 2),
+            "transformers' peak / ours": round(peak("theirs", **same) / memory, 2),
         }
 
 
@@ -169,25 +177,23 @@ def test_step(compare, benchmark, case, tmp_path):
 def test_placement(compare, benchmark, placement, tmp_path):
     """What is kept for backward, against transformers with and without gradient checkpointing."""
     keep_freed_memory()
-    model = our_model(placement=placement)
-    path = str(model.save_pretrained(tmp_path / "model"))
-    sizes = {"batch": 2, "length": 512}
+    path = checkpoint(tmp_path / "model", placement=placement)
+    same = {"path": path, "batch": 2, "length": 512}
     sides = {
-        "light": ("ours", {"placement": placement, "save": "light"}),
-        "input": ("ours", {"placement": placement, "save": "input"}),
-        "transformers": ("theirs", {"path": path}),
-        "transformers checkpointing": ("theirs", {"path": path, "checkpointing": True}),
+        "light": ("ours", {"save": "light"}),
+        "input": ("ours", {"save": "input"}),
+        "transformers": ("theirs", {}),
+        "transformers checkpointing": ("theirs", {"checkpointing": True}),
     }
-    peers = {name: SIDES[side](**sizes, **options) for name, (side, options) in sides.items()}
+    peers = {name: SIDES[side](**same, **options) for name, (side, options) in sides.items()}
     products = Products()
     with products:
-        our_step(**sizes, placement=placement)()
-    ours = stepper(model, our_loss, **sizes)
-    compare(ours, peers, dtype=torch.bfloat16, rounds=5, roof=products.repeat)
+        our_step(**same)()
+    compare(our_step(**same), peers, dtype=torch.bfloat16, rounds=5, roof=products.repeat)
     if DEVICE == "cpu":
-        memory = peak("ours", placement=placement, **sizes)
+        memory = peak("ours", **same)
         ratios = {
-            f"{name} peak / ours": round(peak(side, **sizes, **options) / memory, 2)
+            f"{name} peak / ours": round(peak(side, **same, **options) / memory, 2)
             for name, (side, options) in sides.items()
         }
         benchmark.extra_info |= {"peak GB": round(memory, 2), **ratios}

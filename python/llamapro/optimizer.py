@@ -3,31 +3,34 @@
 import math
 
 import torch
+from torch.optim.adamw import adamw
 
 from llamapro.model import Llama
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
     """AdamW on fp32 masters of the trainable parameters; nothing exists for frozen ones.
 
     A parameter that is fp32 is its own master. Others hand each gradient to their master as soon
-    as it is complete and drop it, so micro-batches add up in fp32.
+    as it is complete and drop it, so micro-batches add up in fp32. The formula is torch.optim's;
+    its class would load the compiler, 75 MB of a process that may never compile.
     """
 
     def __init__(self, model: Llama, *, clip: float, weight_decay: float, betas):
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("no trainable parameter: every tensor of the model is frozen")
-        self.clip = clip
+        self.clip, self.weight_decay, self.betas = clip, weight_decay, betas
         self.pairs = {name: (p, self._master(p)) for name, p in trainable.items()}
-        masters = [master for _, master in self.pairs.values()]
-        groups = [
-            {"params": [m for m in masters if m.dim() > 1], "weight_decay": weight_decay},
-            {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=tuple(betas), fused=True
-        )
+        self.moments = {
+            name: {kind: torch.zeros_like(master) for kind in MOMENTS}
+            for name, (_, master) in self.pairs.items()
+        }
+        self.steps = {
+            name: torch.zeros((), device=master.device) for name, (_, master) in self.pairs.items()
+        }
 
     @staticmethod
     def _master(parameter):
@@ -58,10 +61,31 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        """Matrices decay, vectors do not."""
+        for decay, matrices in ((self.weight_decay, True), (0.0, False)):
+            names = [
+                name
+                for name, (_, master) in self.pairs.items()
+                if master.grad is not None and (master.dim() > 1) == matrices
+            ]
+            masters = [self.pairs[name][1] for name in names]
+            adamw(
+                masters,
+                [master.grad for master in masters],
+                *([self.moments[name][kind] for name in names] for kind in MOMENTS),
+                [],
+                [self.steps[name] for name in names],
+                fused=True,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=learning_rate,
+                weight_decay=decay,
+                eps=1e-8,
+                maximize=False,
+            )
+            for master in masters:
+                master.grad = None
         self.copy_to_model()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -69,27 +93,19 @@ class Optimizer:
         return {
             f"{kind}.{name}": tensor
             for name, (_, master) in self.pairs.items()
-            for kind, tensor in (
-                ("master", master.detach()),
-                ("exp_avg", self.adamw.state[master]["exp_avg"]),
-                ("exp_avg_sq", self.adamw.state[master]["exp_avg_sq"]),
-            )
+            for kind, tensor in {"master": master.detach(), **self.moments[name]}.items()
         }
 
     def shapes(self) -> dict[str, tuple]:
         """What `state` will hold."""
-        kinds = ("master", "exp_avg", "exp_avg_sq")
-        return {f"{k}.{name}": m.shape for name, (_, m) in self.pairs.items() for k in kinds}
+        return {name: tensor.shape for name, tensor in self.state().items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor], step: int) -> None:
-        for name, (_, master) in self.pairs.items():
-            master.copy_(tensors[f"master.{name}"])
-            self.adamw.state[master] = {
-                "step": torch.tensor(float(step), device=master.device),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(master.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device),
-            }
+        for name, tensor in self.state().items():
+            tensor.copy_(tensors[name])
+        for count in self.steps.values():
+            count.fill_(step)
         self.copy_to_model()
 
     @torch.no_grad()

@@ -41,10 +41,10 @@ def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) ->
     """a (..., K) b (K, N) as (..., N), in their dtype; with `out` (M, N) into it, from a (M, K)."""
     if _is_emulated(a):
         return _by_fp32(a, b, out=out)
+    if not _takes_onednn(a):
+        return a @ b if out is None else torch.mm(a, b, out=out)
     if out is None:
         return _linear(a, b.T)
-    if not _takes_onednn(a):
-        return torch.mm(a, b, out=out)
     for columns in _pieces(b.shape[1], PIECE):
         out[:, columns] = _linear(a, b[:, columns].T)
     return out
@@ -81,6 +81,8 @@ def _linear(x, weight, bias=None):
 
 def _by_fp32(a, b, bias=None, out=None):
     """a b + bias in 16 bits, by products in fp32."""
+    if out is None and torch.compiler.is_compiling():  # whole: pieces would tie the graph to sizes
+        return _linear(a.float(), b.T.float(), None if bias is None else bias.float()).to(a.dtype)
     if out is None:
         out = a.new_empty((*a.shape[:-1], b.shape[1]))
     a, to = a.flatten(0, -2), out.flatten(0, -2)

@@ -111,3 +111,16 @@ def test_compile(dtype):
     torch._dynamo.reset()
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     check(compiled(x, weight, bias), linear(x, weight, bias).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_graph_serves_all_lengths(dtype):
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        linear, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(1) or graph
+    )
+    for length in (20, 27, 35):
+        x, weight = random(2, length, 24, dtype=dtype), random(37, 24, dtype=dtype)
+        check(compiled(x, weight), x.double() @ weight.double().T)
+    assert len(graphs) == 1

@@ -32,8 +32,8 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
-MM, ADDMM = torch.ops.aten.mm, torch.ops.aten.addmm
-PRODUCTS = (MM.default, MM.out, ADDMM.default, ADDMM.out, ONEDNN)
+MM, ADDMM, ADDMM_ = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
+PRODUCTS = (MM.default, MM.out, ADDMM.default, ADDMM.out, ADDMM_.default, ONEDNN)
 CASES = [
     ("bfloat16", 2, 512, "new_blocks"),
     ("bfloat16", 1, 2048, "new_blocks"),

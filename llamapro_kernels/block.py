@@ -242,7 +242,8 @@ class _Block(torch.autograd.Function):
         kept, w = Kept(*ctx.saved_tensors[:count]), BlockWeights(*ctx.saved_tensors[count + 3 :])
         settings = Settings(*ctx.saved_tensors[count : count + 3], *ctx.options)
         wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(w) :])
-        dx, dweights = _backward(dy, _recompute(kept, w, settings), w, settings, wanted)
+        with library.without_autocast(dy.device.type):  # forward has settled the dtypes
+            dx, dweights = _backward(dy, _recompute(kept, w, settings), w, settings, wanted)
         return dx, *(None,) * 6, *dweights
 
 

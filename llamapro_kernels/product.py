@@ -32,14 +32,14 @@ EMULATED = {
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., K) weight (N, K)^T + bias (N,) as (..., N), in their dtype."""
-    if _is_emulated(x):
+    if _is_emulated(x, weight.T, bias):
         return _by_fp32(x, weight.T, bias)
     return _linear(x, weight, bias)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """a (..., K) b (K, N) as (..., N), in their dtype; with `out` (M, N) into it, from a (M, K)."""
-    if _is_emulated(a):
+    if _is_emulated(a, b):
         return _by_fp32(a, b, out=out)
     if not _takes_onednn(a):
         return a @ b if out is None else torch.mm(a, b, out=out)
@@ -56,7 +56,7 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif _is_emulated(a):
+    elif _is_emulated(a, b):
         for rows, columns in itertools.product(_pieces(a.shape[0]), _pieces(b.shape[1])):
             _add_by_fp32(total[rows, columns], a[rows], b[:, columns])
     else:
@@ -69,8 +69,13 @@ def _takes_onednn(x):
     return not torch.compiler.is_compiling()  # which chooses libraries itself
 
 
-def _is_emulated(a):
-    return a.dtype in EMULATED and a.device.type == "cpu" and a.numel() >= ROWS * a.shape[-1] > 0
+def _is_emulated(a, b, bias=None):
+    """What does not fit together is left to PyTorch, which says so."""
+    if a.dtype not in EMULATED or a.device.type != "cpu" or a.dtype != b.dtype:
+        return False
+    if bias is not None and (bias.dtype != a.dtype or bias.shape != b.shape[1:]):
+        return False
+    return a.shape[-1] == b.shape[0] and a.numel() >= ROWS * a.shape[-1] > 0
 
 
 def _linear(x, weight, bias=None):

@@ -6,6 +6,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llamapro_kernels as lk
+from llamapro_kernels import product
 from llamapro_kernels.block import SAVE
 
 BATCH, LENGTH, WIDTH, HEADS, KV_HEADS, DIM, INNER = 2, 9, 24, 4, 2, 8, 20
@@ -220,8 +221,14 @@ def test_fullgraph_compile(save, wanted):
             torch.testing.assert_close(ours[name], value)
 
 
-def test_autocast():
-    """The block runs in autocast's dtype; results and gradients have the dtypes of what came in."""
+@pytest.mark.parametrize("emulated", [False, True])
+def test_autocast(monkeypatch, emulated):
+    """The block runs in autocast's dtype; results and gradients have the dtypes of what came in.
+
+    Emulated: products in fp32, several pieces deep, that autocast must leave in fp32.
+    """
+    monkeypatch.setattr(product, "EMULATED", {torch.bfloat16} if emulated else set())
+    monkeypatch.setattr(product, "COPIED", 16)
     with torch.autocast("cpu", torch.bfloat16):
         ours = gradients(lk.decoder_block, WANTED["all"], torch.float32)
     plain = gradients(lk.decoder_block, WANTED["all"], torch.bfloat16)

@@ -30,8 +30,8 @@ LENGTHS = {"causal": [(1, 300, 300), (2, 129, 257), (1, 65, 300), (2, 300, 65), 
 
 # Of each build: what other CPUs than those it is loaded on would have.
 FOREIGN = {
-    "baseline": "ymm|zmm",
-    "avx2": "zmm",
+    "baseline": "%[yz]mm",
+    "avx2": "%zmm",
     "avx512": r"\bv(dpbf16ps|cvtne)",
     "avx512_bf16": r"\bt(dp|ileload)",
 }

@@ -124,3 +124,15 @@ def test_one_graph_serves_all_lengths(dtype):
         x, weight = random(2, length, 24, dtype=dtype), random(37, 24, dtype=dtype)
         check(compiled(x, weight), x.double() @ weight.double().T)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", sorted(SIXTEEN_BITS, key=str))
+def test_what_does_not_fit_is_refused(dtype):
+    """By PyTorch, whatever multiplies: 8 is a whole piece, of which more could go unseen."""
+    x, weight = random(9, 8, dtype=dtype), random(8, 8, dtype=dtype)
+    with pytest.raises(RuntimeError, match="shapes"):
+        matmul(x, random(16, 8, dtype=dtype))
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x, weight.float())
+    with pytest.raises(RuntimeError):
+        linear(x, weight, random(16, dtype=dtype))

@@ -22,6 +22,11 @@ class Optimizer:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("no trainable parameter: every tensor of the model is frozen")
+        if not all(0 <= beta < 1 for beta in betas) or weight_decay < 0:
+            raise ValueError(
+                "betas of 0 to below 1 and a weight decay of at least 0 expected,"
+                f" got {betas} and {weight_decay}"
+            )
         self.clip, self.weight_decay, self.betas = clip, weight_decay, betas
         self.pairs = {name: (p, self._master(p)) for name, p in trainable.items()}
         self.moments = {
@@ -29,7 +34,8 @@ class Optimizer:
             for name, (_, master) in self.pairs.items()
         }
         self.steps = {
-            name: torch.zeros((), device=master.device) for name, (_, master) in self.pairs.items()
+            name: torch.zeros((), dtype=torch.float32, device=master.device)  # whatever the default
+            for name, (_, master) in self.pairs.items()
         }
 
     @staticmethod

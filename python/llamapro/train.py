@@ -96,6 +96,8 @@ class TrainConfig:
         for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", math.inf)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must lie in 0..{most}, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in 0..1, below 1, got {self.betas}")
         if self.memory is not None:
             planner.parse_bytes(self.memory)
         if "domain" in self.evaluate:

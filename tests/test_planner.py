@@ -191,7 +191,7 @@ def test_memory_is_what_was_planned(case):
 @on_linux
 def test_the_largest_batch_runs_within_its_limit():
     _, work = workload(SMOLLM2, 6, "interleaved", 1, 512)
-    work, limit = replace(work, device="cpu"), 1e9
+    work, limit = replace(work, device="cpu"), 0.85e9
     work = replace(work, batch=largest_batch(work, USABLE * limit))
     save = choose_save(work, USABLE * limit)
     assert work.batch > 4 and len(set(save)) > 1

@@ -324,7 +324,7 @@ def newest_step(config):
         ({"learning_rate": float("inf")}, ValueError, "got inf"),
         ({"weight_decay": -0.1}, ValueError, r"weight_decay must lie in 0\.\.inf, got -0\.1"),
         ({"seed": -1}, ValueError, "got -1"),
-        ({"betas": (0.9, 1.0)}, ValueError, "got (0.9, 1.0)"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"got \(0.9, 1.0\)"),
         ({"evaluate": {"domain": "x"}}, ValueError, "'domain'"),
         ({"device": "cuda"}, ValueError, "no CUDA here"),
         ({"seq_len": 5000}, DataError, "5001 tokens expected, got 4000"),

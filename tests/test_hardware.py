@@ -20,8 +20,3 @@ def test_a_device_that_is_not_there(monkeypatch):
     assert hardware.pick_device() == torch.device("cpu")
     with pytest.raises(ValueError, match="no CUDA"):
         hardware.pick_device("cuda")
-
-
-def test_a_rate_is_measured_in_every_dtype():
-    for dtype in (torch.bfloat16, torch.float32):
-        assert hardware.matmul_rate(torch.device("cpu"), dtype, 64) > 0

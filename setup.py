@@ -21,6 +21,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-march=x86-64-v3"],
         "avx512": avx512,
         "avx512_bf16": [*avx512, "-mavx512bf16"],
+        "amx": [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     }
 COMPILE = [
     *("-std=c++20", "-O3", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"),

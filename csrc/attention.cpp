@@ -32,13 +32,20 @@ struct Head {
   T* row(int64_t index) const { return data + index * stride; }
 };
 
-// Brings rows of a head into the forms of a product. dim is padded to whole vectors.
+// Queries that are computed for `count`: whole vectors, and whole products where they are summed over.
+template <class Element>
+int64_t whole_lanes(int64_t count) {
+  return round_up(count, std::max<int64_t>(LANES, Element::DEPTH));
+}
+
+// Brings rows of a head into the forms of a product. Where dim or the rows are summed over, zeros
+// fill up what a product takes at once; elsewhere dim is padded to whole vectors.
 template <class T, class Element = typename ElementOf<T>::type>
 class Packer {
  public:
   explicit Packer(int64_t dim)
       : dim_(dim),
-        elements_((dim + Element::WIDTH - 1) / Element::WIDTH),
+        elements_(round_up(dim, Element::DEPTH) / Element::WIDTH),
         padded_(round_up(dim, LANES)),
         scratch_(KEYS * padded_) {}
 
@@ -48,21 +55,24 @@ class Packer {
   // (count, elements): a row of numbers is a row of elements.
   void rows(const Head<T>& head, int64_t first, int64_t count, Operand to) {
     for (int64_t i = 0; i < count; ++i) {
-      to.row(i)[elements_ - 1] = 0;  // the partner of the last number, where dim is odd
+      std::fill(to.row(i) + dim_ / Element::WIDTH, to.row(i) + elements_, 0.0f);
       Element::pack_row(row(head, first + i, first_), dim_, to.row(i));
     }
   }
 
-  // (elements, QUERIES): the same transposed, and zeros beyond count up to a whole vector.
+  // (elements, QUERIES): the same transposed, and zeros beyond count up to whole_lanes.
   void columns(const Head<T>& head, int64_t first, int64_t count, Operand to) {
     rows(head, first, count, {scratch_, elements_});
-    const int64_t whole = round_up(count, LANES);
+    const int64_t whole = whole_lanes<Element>(count);
     std::fill(scratch_ + count * elements_, scratch_ + whole * elements_, 0.0f);
     transpose({scratch_, elements_}, whole, elements_, to);
   }
 
-  // (ceil(count / WIDTH), padded): elements along the rows; zeros beyond count and dim.
+  // (count in DEPTHs / WIDTH, padded): elements along the rows; zeros beyond count and dim.
   void interleaved(const Head<T>& head, int64_t first, int64_t count, Operand to) {
+    const int64_t whole = round_up(count, Element::DEPTH);
+    for (int64_t i = round_up(count, Element::WIDTH); i < whole; i += Element::WIDTH)
+      std::fill_n(to.row(i / Element::WIDTH), padded_, 0.0f);
     for (int64_t i = 0; i < count; i += Element::WIDTH) {
       const T* upper = row(head, first + i, first_);
       const T* lower = i + 1 < count ? row(head, first + i + 1, second_) : nullptr;
@@ -72,10 +82,10 @@ class Packer {
     }
   }
 
-  // (dim, ceil(count / WIDTH)): the same transposed.
+  // (dim, count in DEPTHs / WIDTH): the same transposed.
   void interleaved_columns(const Head<T>& head, int64_t first, int64_t count, Operand to) {
     interleaved(head, first, count, {scratch_, padded_});
-    transpose({scratch_, padded_}, (count + Element::WIDTH - 1) / Element::WIDTH, dim_, to);
+    transpose({scratch_, padded_}, round_up(count, Element::DEPTH) / Element::WIDTH, dim_, to);
   }
 
  private:
@@ -117,9 +127,9 @@ class Visible {
   int64_t begin(int64_t first) const { return low_[first]; }
   int64_t end(int64_t first, int64_t count) const { return high_[first + count - 1]; }
 
-  // Whether all of these queries, and all of their vectors' lanes, see the keys begin..end.
+  // Whether all of these queries see all the keys begin..end.
   bool all(int64_t first, int64_t count, int64_t begin, int64_t end) const {
-    return count % LANES == 0 && low_[first + count - 1] <= begin && end <= high_[first];
+    return low_[first + count - 1] <= begin && end <= high_[first];
   }
 
   // For LANES queries, whether they see a key.
@@ -137,6 +147,7 @@ void run_tasks(int64_t tasks, const MakeWorker& make_worker) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Tiles tiles;
     auto worker = make_worker();
     for (int64_t task; (task = next.fetch_add(1)) < tasks;) worker(task);
   });
@@ -167,11 +178,11 @@ class Forward {
         packer_(dim),
         dim_(dim),
         k_(round_up(keys, KEYS) * packer_.elements()),
-        v_(round_up(keys, KEYS) * dim),
+        v_(round_up(keys, KEYS) * packer_.padded()),
         q_(packer_.elements() * QUERIES),
         scores_(KEYS * QUERIES),
         p_(KEYS * QUERIES),
-        o_(dim * QUERIES),
+        o_(packer_.padded() * QUERIES),
         turned_(QUERIES * dim) {}
 
   // Keys begin..end, which start at a block.
@@ -203,13 +214,14 @@ class Forward {
     return {k_ + first * packer_.elements(), packer_.elements()};
   }
   Operand v_block(int64_t first) const {
-    return {v_ + first / Element::WIDTH * dim_, KEYS / Element::WIDTH};
+    return {v_ + first / Element::WIDTH * packer_.padded(), KEYS / Element::WIDTH};
   }
 
   void attend(int64_t first, int64_t queries, int64_t key, int64_t keys, bool seen) {
-    const int64_t columns = round_up(queries, LANES), rows = round_up(keys, Element::WIDTH);
-    // A row that fills up the last element is hidden too.
-    const bool masked = !options_.visible.all(first, queries, key, key + rows);
+    const int64_t columns = round_up(queries, LANES), rows = round_up(keys, Element::DEPTH);
+    // Rows that fill up the last product are hidden too.
+    const bool masked =
+        queries < columns || !options_.visible.all(first, queries, key, key + rows);
     multiply<Element>(
         k_block(key), {q_, QUERIES}, {scores_, QUERIES}, keys, columns, packer_.elements(), false);
     for (int64_t lane = 0; lane < columns; lane += LANES) {
@@ -339,7 +351,7 @@ class Backward {
         padded_queries_(round_up(saved.q.size(1), QUERIES)),
         k_(KEYS * packer_.elements()),
         v_(KEYS * packer_.elements()),
-        k_columns_(want_q ? dim_ * KEYS : 0),
+        k_columns_(want_q ? packer_.padded() * KEYS : 0),
         q_(padded_queries_ * packer_.elements()),
         do_(want_q || want_k ? padded_queries_ * packer_.elements() : 0),
         q_rows_(want_k ? padded_queries_ * packer_.padded() : 0),
@@ -354,7 +366,7 @@ class Backward {
         dk_(want_k ? most_keys * packer_.padded() : 0),
         dv_(want_v ? most_keys * packer_.padded() : 0) {}
 
-  // dq: (query blocks, D, QUERIES) for each head of the group, this part's share.
+  // dq: (query blocks, padded D, QUERIES) for each head of the group, this part's share.
   void keys(
       int64_t batch, int64_t kv_head, int64_t begin, int64_t end, const Tensor& dk,
       const Tensor& dv, float* dq) {
@@ -362,7 +374,7 @@ class Backward {
     const int64_t sums = (end - begin) * packer_.padded();
     if (want_k_) std::fill_n(static_cast<float*>(dk_), sums, 0.0f);
     if (want_v_) std::fill_n(static_cast<float*>(dv_), sums, 0.0f);
-    const int64_t head_size = padded_queries_ * dim_;
+    const int64_t head_size = padded_queries_ * packer_.padded();
     if (want_q_) std::fill_n(dq, group * head_size, 0.0f);
     for (int64_t member = 0; member < group; ++member) {
       take_queries(batch, kv_head * group + member);
@@ -428,16 +440,17 @@ class Backward {
     const int64_t count = std::min(QUERIES, saved_.q.size(1) - first);
     const int64_t keys = std::min(most_keys, options_.visible.end(first, count) - key);
     if (keys <= 0 || options_.visible.begin(first) >= key + keys) return;
-    const int64_t lanes = round_up(count, LANES), elements = packer_.elements();
+    const int64_t lanes = whole_lanes<Element>(count), elements = packer_.elements();
     const Operand scores{scores_, QUERIES}, dp{dp_, QUERIES};
     multiply<Element>({k_, elements}, columns(q_, first), scores, keys, lanes, elements, false);
     if (want_q_ || want_k_)
       multiply<Element>({v_, elements}, columns(do_, first), dp, keys, lanes, elements, false);
-    const int64_t rows_of_keys = round_up(keys, Element::WIDTH);
-    const bool masked = !options_.visible.all(first, count, key, key + rows_of_keys);
+    const int64_t rows_of_keys = round_up(keys, Element::DEPTH);
+    const bool masked =
+        count < lanes || !options_.visible.all(first, count, key, key + rows_of_keys);
     for (int64_t lane = 0; lane < lanes; lane += LANES)
       differentiate(first + lane, lane, key, rows_of_keys, masked);
-    const int64_t along_q = (count + Element::WIDTH - 1) / Element::WIDTH;
+    const int64_t along_q = round_up(count, Element::DEPTH) / Element::WIDTH;
     const int64_t along_k = rows_of_keys / Element::WIDTH;
     const Operand p{p_, QUERIES / Element::WIDTH}, ds{ds_, QUERIES / Element::WIDTH};
     const int64_t padded = packer_.padded();
@@ -448,7 +461,7 @@ class Backward {
     if (want_q_)
       multiply<Element>(
           {k_columns_, KEYS / Element::WIDTH}, {ds_pairs_, QUERIES},
-          {dq + first * dim_, QUERIES}, dim_, lanes, along_k, true);
+          {dq + first * padded, QUERIES}, dim_, lanes, along_k, true);
   }
 
   // Scores of one vector of queries become p, and dp becomes ds without the scale.
@@ -495,7 +508,7 @@ class Backward {
   std::vector<T> left_, right_;
 };
 
-// dq of one block of queries: the sum of the parts, turned round.
+// dq of one block of queries: the sum of the parts, (padded D, QUERIES) each, turned round.
 template <class T>
 void put_queries(
     const float* parts, int64_t count, int64_t part_size, float scale, const Head<T>& dq,
@@ -519,12 +532,13 @@ void backward(
     const Saved& saved, const Options& options, const Tensor& dq, const Tensor& dk,
     const Tensor& dv, bool want_q, bool want_k, bool want_v) {
   const Tensor& q = saved.q;
-  const int64_t queries = q.size(1), keys = saved.k.size(1), heads = q.size(2), dim = q.size(3);
+  const int64_t queries = q.size(1), keys = saved.k.size(1), heads = q.size(2);
   const int64_t kv_heads = saved.k.size(2), pairs = q.size(0) * kv_heads;
   const int64_t group = heads / std::max<int64_t>(1, kv_heads);
   const int64_t blocks = (keys + KEYS - 1) / KEYS;
   const int64_t parts = parts_of_a_head(pairs, blocks, 2);
-  const int64_t head_size = round_up(queries, QUERIES) * dim;
+  const int64_t padded = round_up(q.size(3), LANES);
+  const int64_t head_size = round_up(queries, QUERIES) * padded;
   const int64_t part_size = q.size(0) * heads * head_size;
   const int64_t most_keys = (blocks + parts - 1) / parts * KEYS;
   Buffer dq_parts(want_q ? parts * part_size : 0);
@@ -543,7 +557,7 @@ void backward(
   const auto put = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / query_blocks, first = i % query_blocks * QUERIES;
-      const float* sums = dq_parts + head * head_size + first * dim;
+      const float* sums = dq_parts + head * head_size + first * padded;
       put_queries<T>(
           sums, parts, part_size, options.scale, {dq, head / heads, head % heads}, first);
     }

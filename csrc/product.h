@@ -1,8 +1,8 @@
-// Small matrix products in the vectors of the machine, for `attention.cpp`.
+// Small matrix products in the vectors or the tiles of the machine, for `attention.cpp`.
 //
 // Every product is of one form, C += A B: an element of A is broadcast against a row of B. In bf16,
 // where the machine multiplies it, an element is a pair of neighbours along the summed dimension;
-// otherwise it is one float.
+// otherwise it is one float. AMX takes 16 x 16 elements of each in one instruction.
 #pragma once
 
 #include <cstdlib>
@@ -68,6 +68,7 @@ class Buffer {
 
 struct Single {
   static constexpr int64_t WIDTH = 1;  // numbers in an element
+  static constexpr int64_t DEPTH = 1;  // numbers that are summed at once
 
   static Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
   // A row of numbers; then a row of elements whose numbers come from two rows.
@@ -86,7 +87,7 @@ struct Single {
 
 #ifdef __AVX512BF16__
 struct Pair {
-  static constexpr int64_t WIDTH = 2;
+  static constexpr int64_t WIDTH = 2, DEPTH = 2;
 
   static Vec multiply_add(Vec sum, float a, Vec b) {
     const __m512i both = _mm512_set1_epi32(bit_cast<int32_t>(a));
@@ -116,11 +117,24 @@ struct Pair {
 };
 #endif
 
+#ifdef __AMX_BF16__
+// A pair that is multiplied in tiles. Operands reach to whole tiles: rows of a and c to 16, the
+// depth to 32 numbers.
+struct TiledPair : Pair {
+  static constexpr int64_t DEPTH = 32;
+};
+#endif
+
 template <class T>
 struct ElementOf {
   using type = Single;
 };
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__)
+template <>
+struct ElementOf<BFloat16> {
+  using type = TiledPair;
+};
+#elif defined(__AVX512BF16__)
 template <>
 struct ElementOf<BFloat16> {
   using type = Pair;
@@ -180,6 +194,78 @@ void multiply(
   }
   if constexpr (C > 1) multiply<Element, C - 1>(a, b, c, rows, columns, depth, add);
 }
+
+// Eight tiles of 16 rows of 64 bytes are the calling thread's while it lives.
+struct Tiles {
+#ifdef __AMX_BF16__
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shapes;
+    _tile_loadconfig(&shapes);
+  }
+  ~Tiles() { _tile_release(); }
+#else
+  Tiles() {}
+#endif
+};
+
+#ifdef __AMX_BF16__
+// R x C tiles of c (+)= a b.
+template <int R, int C>
+inline void multiply_tiles(Operand a, Operand b, Operand c, int64_t depth, bool add) {
+  const int64_t a_bytes = 4 * a.stride, b_bytes = 4 * b.stride, c_bytes = 4 * c.stride;
+  if (add) {
+    _tile_loadd(0, c.row(0), c_bytes);
+    if (C > 1) _tile_loadd(1, c.row(0) + 16, c_bytes);
+    if (R > 1) _tile_loadd(2, c.row(16), c_bytes);
+    if (R > 1 && C > 1) _tile_loadd(3, c.row(16) + 16, c_bytes);
+  } else {
+    _tile_zero(0);
+    if (C > 1) _tile_zero(1);
+    if (R > 1) _tile_zero(2);
+    if (R > 1 && C > 1) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += 16) {
+    _tile_loadd(4, a.row(0) + k, a_bytes);
+    _tile_loadd(6, b.row(k), b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (C > 1) _tile_loadd(7, b.row(k) + 16, b_bytes);
+    if (C > 1) _tile_dpbf16ps(1, 4, 7);
+    if (R > 1) _tile_loadd(5, a.row(16) + k, a_bytes);
+    if (R > 1) _tile_dpbf16ps(2, 5, 6);
+    if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c.row(0), c_bytes);
+  if (C > 1) _tile_stored(1, c.row(0) + 16, c_bytes);
+  if (R > 1) _tile_stored(2, c.row(16), c_bytes);
+  if (R > 1 && C > 1) _tile_stored(3, c.row(16) + 16, c_bytes);
+}
+
+template <int C>
+inline void multiply_rows_of_tiles(
+    Operand a, Operand b, Operand c, int64_t rows, int64_t depth, bool add) {
+  for (; rows > 16; rows -= 32) {
+    multiply_tiles<2, C>(a, b, c, depth, add);
+    a.data += 32 * a.stride;
+    c.data += 32 * c.stride;
+  }
+  if (rows > 0) multiply_tiles<1, C>(a, b, c, depth, add);
+}
+
+template <>
+inline void multiply<TiledPair>(
+    Operand a, Operand b, Operand c, int64_t rows, int64_t columns, int64_t depth, bool add) {
+  for (; columns > 16; columns -= 32) {
+    multiply_rows_of_tiles<2>(a, b, c, rows, depth, add);
+    b.data += 32;
+    c.data += 32;
+  }
+  if (columns > 0) multiply_rows_of_tiles<1>(a, b, c, rows, depth, add);
+}
+#endif
 
 // A stage of the transposition of LANES vectors: swaps what lies STEP off the diagonal.
 template <int STEP>

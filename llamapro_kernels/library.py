@@ -8,6 +8,7 @@ Triton is optional: without it the kernels stay plain functions that nothing cal
 ``from __future__ import annotations``, so that ``tl.constexpr`` in a signature needs no Triton.
 """
 
+import ctypes
 import functools
 import os
 import platform
@@ -157,19 +158,27 @@ def cpu_words() -> set[str]:
 
 def _runnable_builds() -> list[str]:
     """The builds of csrc/ that this CPU can run, best first; LLAMAPRO_CPU_CAPABILITY names one."""
-    if asked := os.environ.get("LLAMAPRO_CPU_CAPABILITY"):
-        return [asked]
     needed = {
         "avx2": {"avx2", "fma", "f16c", "bmi2", "movbe"},
         "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
         "avx512_bf16": {"avx512_bf16"},
+        "amx": {"amx_tile", "amx_bf16"},
     }
     runnable = ["baseline"]
     for name, more in needed.items():
         if platform.machine() != "x86_64" or not cpu_words() >= more:
             break
+        if name == "amx" and not _tiles_are_granted():
+            break
         runnable.insert(0, name)
-    return runnable
+    asked = os.environ.get("LLAMAPRO_CPU_CAPABILITY")
+    return [asked] if asked else runnable
+
+
+def _tiles_are_granted() -> bool:
+    """Whether Linux lends this process the tiles of AMX, which it does when asked."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def _load_extension() -> str | None:

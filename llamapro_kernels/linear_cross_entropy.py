@@ -173,6 +173,7 @@ def _logits_by_chunk(x, weight):
     vocabulary = weight.shape[0]
     length = min(len(x), chunks[0].stop) if chunks else 0
     buffer = x.new_empty((length, (vocabulary + 15) // 16 * 16))
+    buffer[:, vocabulary:] = 0  # oneDNN on AMX multiplies what lies there too
     for rows in chunks:
         logits = buffer[: len(x[rows]), :vocabulary]
         yield rows, matmul(x[rows], weight.T, out=logits)

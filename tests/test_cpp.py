@@ -146,7 +146,7 @@ def test_extreme_logits(function):
 
 @pytest.mark.parametrize("threads_now", [1, 2])
 def test_memory_beside_the_logits_counts_for_nothing(threads_now, threads):
-    """Rows of logits are padded; oneDNN on AMX multiplies the padding, in which there may be NaN."""
+    """Rows of logits are padded, and oneDNN on AMX multiplies what lies there, were it NaN."""
     threads(threads_now)
     x = torch.randn(300, 32).bfloat16().requires_grad_()
     weight, targets = torch.randn(97, 32).bfloat16(), torch.arange(300) % 97

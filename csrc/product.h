@@ -5,6 +5,7 @@
 // otherwise it is one float. AMX takes 16 x 16 elements of each in one instruction.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 
@@ -195,15 +196,19 @@ void multiply(
   if constexpr (C > 1) multiply<Element, C - 1>(a, b, c, rows, columns, depth, add);
 }
 
+// What was stored before is in memory: compilers do not know that a tile is loaded from there.
+inline void write_to_memory() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
 // Eight tiles of 16 rows of 64 bytes are the calling thread's while it lives.
 struct Tiles {
 #ifdef __AMX_BF16__
   Tiles() {
-    struct alignas(64) {
+    alignas(64) static const struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shapes;
+    write_to_memory();
     _tile_loadconfig(&shapes);
   }
   ~Tiles() { _tile_release(); }
@@ -258,6 +263,7 @@ inline void multiply_rows_of_tiles(
 template <>
 inline void multiply<TiledPair>(
     Operand a, Operand b, Operand c, int64_t rows, int64_t columns, int64_t depth, bool add) {
+  write_to_memory();
   for (; columns > 16; columns -= 32) {
     multiply_rows_of_tiles<2>(a, b, c, rows, depth, add);
     b.data += 32;

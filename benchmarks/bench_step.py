@@ -19,6 +19,7 @@ from llamapro.train import freeze
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamapro_kernels import library
+from llamapro_kernels.product import matmul
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -33,7 +34,8 @@ SMOLLM2 = {
 }
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 MM, ADDMM, ADDMM_ = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
-PRODUCTS = (MM.default, MM.out, ADDMM.default, ADDMM.out, ADDMM_.default, ONEDNN)
+TILED = library.cpp.matmul.default if library.CPU_BUILD else None
+PRODUCTS = (MM.default, MM.out, ADDMM.default, ADDMM.out, ADDMM_.default, ONEDNN, TILED)
 CASES = [
     ("bfloat16", 2, 512, "new_blocks"),
     ("bfloat16", 1, 2048, "new_blocks"),
@@ -110,8 +112,8 @@ class Products(TorchDispatchMode):
             with self:
                 return library._ops["linear_cross_entropy"]._router("forward")(*args)
         if function in PRODUCTS:
-            operands = tuple(self.like(t) for t in args if isinstance(t, torch.Tensor))[-2:]
-            self.seen.append((function is ONEDNN, operands))
+            tensors = [self.like(t) for t in args if isinstance(t, torch.Tensor)]
+            self.seen.append((function, tensors[:2] if function is TILED else tensors[-2:]))
         return function(*args, **(kwargs or {}))
 
     def like(self, t):
@@ -122,11 +124,11 @@ class Products(TorchDispatchMode):
         return self.operands[key]
 
     def repeat(self):
-        for is_onednn, operands in self.seen:
-            if is_onednn:
+        for function, operands in self.seen:
+            if function is ONEDNN:
                 ONEDNN(*operands, None, "none", [], "")
             else:
-                torch.mm(*operands)
+                (matmul if function is TILED else torch.mm)(*operands)
 
 
 def our_step(batch, length, **options):

@@ -3,10 +3,9 @@
 // Scores are held transposed, keys by queries: 64 queries are the lanes of a few vectors, so that
 // maxima, sums and masks need no work across lanes. The copies that bring q, k, v and do into the
 // forms that products take are those of one head at a time.
-#include <atomic>
 #include <cmath>
 
-#include "product.h"
+#include "packer.h"
 
 namespace llamapro {
 namespace {
@@ -17,85 +16,12 @@ constexpr float LOG2E = 1.442695041f, LN2 = 0.693147181f;
 
 // One head of a (B, T, H, D) tensor: rows of D numbers.
 template <class T>
-struct Head {
-  T* data;
-  int64_t length, dim, stride, dim_stride;
-
+struct Head : Rows<T> {
   Head(const Tensor& tensor, int64_t batch, int64_t head)
-      : data(static_cast<T*>(tensor.data_ptr()) + batch * tensor.stride(0) +
-             head * tensor.stride(2)),
-        length(tensor.size(1)),
-        dim(tensor.size(3)),
-        stride(tensor.stride(1)),
-        dim_stride(tensor.stride(3)) {}
-
-  T* row(int64_t index) const { return data + index * stride; }
-};
-
-// Queries that are computed for `count`: whole vectors, and whole products where they are summed over.
-template <class Element>
-int64_t whole_lanes(int64_t count) {
-  return round_up(count, std::max<int64_t>(LANES, Element::DEPTH));
-}
-
-// Brings rows of a head into the forms of a product. Where dim or the rows are summed over, zeros
-// fill up what a product takes at once; elsewhere dim is padded to whole vectors.
-template <class T, class Element = typename ElementOf<T>::type>
-class Packer {
- public:
-  explicit Packer(int64_t dim)
-      : dim_(dim),
-        elements_(round_up(dim, Element::DEPTH) / Element::WIDTH),
-        padded_(round_up(dim, LANES)),
-        scratch_(KEYS * padded_) {}
-
-  int64_t elements() const { return elements_; }  // along dim
-  int64_t padded() const { return padded_; }
-
-  // (count, elements): a row of numbers is a row of elements.
-  void rows(const Head<T>& head, int64_t first, int64_t count, Operand to) {
-    for (int64_t i = 0; i < count; ++i) {
-      std::fill(to.row(i) + dim_ / Element::WIDTH, to.row(i) + elements_, 0.0f);
-      Element::pack_row(row(head, first + i, first_), dim_, to.row(i));
-    }
-  }
-
-  // (elements, QUERIES): the same transposed, and zeros beyond count up to whole_lanes.
-  void columns(const Head<T>& head, int64_t first, int64_t count, Operand to) {
-    rows(head, first, count, {scratch_, elements_});
-    const int64_t whole = whole_lanes<Element>(count);
-    std::fill(scratch_ + count * elements_, scratch_ + whole * elements_, 0.0f);
-    transpose({scratch_, elements_}, whole, elements_, to);
-  }
-
-  // (count in DEPTHs / WIDTH, padded): elements along the rows; zeros beyond count and dim.
-  void interleaved(const Head<T>& head, int64_t first, int64_t count, Operand to) {
-    const int64_t whole = round_up(count, Element::DEPTH);
-    for (int64_t i = round_up(count, Element::WIDTH); i < whole; i += Element::WIDTH)
-      std::fill_n(to.row(i / Element::WIDTH), padded_, 0.0f);
-    for (int64_t i = 0; i < count; i += Element::WIDTH) {
-      const T* upper = row(head, first + i, first_);
-      const T* lower = i + 1 < count ? row(head, first + i + 1, second_) : nullptr;
-      float* out = to.row(i / Element::WIDTH);
-      Element::pack_pair(upper, lower, dim_, out);
-      std::fill(out + dim_, out + padded_, 0.0f);
-    }
-  }
-
-  // (dim, count in DEPTHs / WIDTH): the same transposed.
-  void interleaved_columns(const Head<T>& head, int64_t first, int64_t count, Operand to) {
-    interleaved(head, first, count, {scratch_, padded_});
-    transpose({scratch_, padded_}, round_up(count, Element::DEPTH) / Element::WIDTH, dim_, to);
-  }
-
- private:
-  static const T* row(const Head<T>& head, int64_t index, std::vector<T>& scratch) {
-    return neighbours<T>(head.row(index), head.dim, head.dim_stride, scratch);
-  }
-
-  int64_t dim_, elements_, padded_;
-  Buffer scratch_;
-  std::vector<T> first_, second_;
+      : Rows<T>(
+            static_cast<T*>(tensor.data_ptr()) + batch * tensor.stride(0) +
+                head * tensor.stride(2),
+            tensor.size(1), tensor.size(3), tensor.stride(1), tensor.stride(3)) {}
 };
 
 // What is seen: each query sees the keys low..high. Both rise with the query.
@@ -141,18 +67,6 @@ class Visible {
   std::vector<int32_t> low_, high_;  // with queries that see nothing up to a whole block
 };
 
-// Runs task(index) for all tasks, each as soon as a thread is free; a thread makes its own worker.
-template <class MakeWorker>
-void run_tasks(int64_t tasks, const MakeWorker& make_worker) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const Tiles tiles;
-    auto worker = make_worker();
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) worker(task);
-  });
-}
-
 // In how many parts the blocks of a head are cut, so that each thread finds a few tasks.
 int64_t parts_of_a_head(int64_t heads, int64_t blocks, int64_t tasks_per_thread) {
   const int64_t wanted = tasks_per_thread * torch::stable::get_num_threads();
@@ -175,7 +89,7 @@ class Forward {
   Forward(int64_t keys, int64_t dim, const Options& options)
       : options_(options),
         scale_(options.scale * LOG2E),
-        packer_(dim),
+        packer_(dim, KEYS),
         dim_(dim),
         k_(round_up(keys, KEYS) * packer_.elements()),
         v_(round_up(keys, KEYS) * packer_.padded()),
@@ -195,7 +109,7 @@ class Forward {
   }
 
   void queries(const Head<T>& q, int64_t first, const Head<T>& o, float* lse) {
-    const int64_t count = std::min(QUERIES, q.length - first);
+    const int64_t count = std::min(QUERIES, q.count - first);
     const int64_t end = options_.visible.end(first, count);
     packer_.columns(q, first, count, {q_, QUERIES});
     std::fill_n(peak_, QUERIES, -INFINITY);
@@ -282,7 +196,7 @@ class Forward {
     for (int64_t i = 0; i < count; ++i) {
       const float total = total_[i] > 0 || total_[i] != total_[i] ? total_[i] : 1.0f;
       const float* from = turned_ + i * dim_;
-      T* to = o.row(first + i);
+      T* to = o[first + i];
 #pragma omp simd
       for (int64_t j = 0; j < dim_; ++j) to[j] = from[j] / total;
       lse[first + i] = (peak_[i] + std::log2(total)) * LN2;
@@ -346,7 +260,7 @@ class Backward {
         want_q_(want_q),
         want_k_(want_k),
         want_v_(want_v),
-        packer_(saved.q.size(3)),
+        packer_(saved.q.size(3), KEYS),
         dim_(saved.q.size(3)),
         padded_queries_(round_up(saved.q.size(1), QUERIES)),
         k_(KEYS * packer_.elements()),
@@ -394,25 +308,25 @@ class Backward {
   void take_queries(int64_t batch, int64_t head) {
     const Head<T> q(saved_.q, batch, head), grad(saved_.grad, batch, head);
     const float* lse = static_cast<const float*>(saved_.lse.data_ptr()) +
-        (batch * saved_.q.size(2) + head) * q.length;
-    for (int64_t first = 0; first < q.length; first += QUERIES) {
-      const int64_t count = std::min(QUERIES, q.length - first);
+        (batch * saved_.q.size(2) + head) * q.count;
+    for (int64_t first = 0; first < q.count; first += QUERIES) {
+      const int64_t count = std::min(QUERIES, q.count - first);
       packer_.columns(q, first, count, columns(q_, first));
       if (want_q_ || want_k_) packer_.columns(grad, first, count, columns(do_, first));
       if (want_k_) packer_.interleaved(q, first, count, rows(q_rows_, first));
       if (want_v_) packer_.interleaved(grad, first, count, rows(do_rows_, first));
     }
-    for (int64_t i = 0; i < q.length; ++i) lse_[i] = lse[i] * LOG2E;
-    std::fill(lse_ + q.length, lse_ + padded_queries_, 0.0f);
+    for (int64_t i = 0; i < q.count; ++i) lse_[i] = lse[i] * LOG2E;
+    std::fill(lse_ + q.count, lse_ + padded_queries_, 0.0f);
     if (want_q_ || want_k_) take_delta(grad, {*saved_.o, batch, head});
   }
 
   // delta = rowsum(do * o)
   void take_delta(const Head<T>& grad, const Head<T>& o) {
-    std::fill(delta_ + grad.length, delta_ + padded_queries_, 0.0f);
-    for (int64_t i = 0; i < grad.length; ++i) {
-      const T* left = neighbours<T>(grad.row(i), dim_, grad.dim_stride, left_);
-      const T* right = neighbours<T>(o.row(i), dim_, o.dim_stride, right_);
+    std::fill(delta_ + grad.count, delta_ + padded_queries_, 0.0f);
+    for (int64_t i = 0; i < grad.count; ++i) {
+      const T* left = neighbours<T>(grad[i], dim_, grad.column_stride, left_);
+      const T* right = neighbours<T>(o[i], dim_, o.column_stride, right_);
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < dim_; ++j) sum += float(left[j]) * float(right[j]);
@@ -424,7 +338,7 @@ class Backward {
     const Head<T> k(saved_.k, batch, kv_head);
     packer_.rows(k, first, count, {k_, packer_.elements()});
     if (want_q_ || want_k_)
-      packer_.rows({*saved_.v, batch, kv_head}, first, count, {v_, packer_.elements()});
+      packer_.rows(Head<T>(*saved_.v, batch, kv_head), first, count, {v_, packer_.elements()});
     if (want_q_)
       packer_.interleaved_columns(k, first, count, {k_columns_, KEYS / Element::WIDTH});
   }
@@ -492,7 +406,7 @@ class Backward {
 
   void put(const float* sums, float scale, const Head<T>& to, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i, sums += packer_.padded()) {
-      T* out = to.row(i);
+      T* out = to[i];
 #pragma omp simd
       for (int64_t j = 0; j < dim_; ++j) out[j] = sums[j] * scale;
     }
@@ -513,7 +427,7 @@ template <class T>
 void put_queries(
     const float* parts, int64_t count, int64_t part_size, float scale, const Head<T>& dq,
     int64_t first) {
-  const int64_t dim = dq.dim, rows = std::min(QUERIES, dq.length - first);
+  const int64_t dim = dq.width, rows = std::min(QUERIES, dq.count - first);
   Buffer sums(dim * QUERIES), turned(QUERIES * dim);
   std::copy_n(parts, dim * QUERIES, static_cast<float*>(sums));
   for (int64_t part = 1; part < count; ++part)
@@ -521,7 +435,7 @@ void put_queries(
   transpose({sums, QUERIES}, dim, round_up(rows, LANES), {turned, dim});
   for (int64_t i = 0; i < rows; ++i) {
     const float* from = turned + i * dim;
-    T* to = dq.row(first + i);
+    T* to = dq[first + i];
 #pragma omp simd
     for (int64_t j = 0; j < dim; ++j) to[j] = from[j] * scale;
   }

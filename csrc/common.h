@@ -94,6 +94,13 @@ struct Rows {
   T* data;
   int64_t count, width, row_stride, column_stride;
 
+  Rows(T* data, int64_t count, int64_t width, int64_t row_stride, int64_t column_stride)
+      : data(data),
+        count(count),
+        width(width),
+        row_stride(row_stride),
+        column_stride(column_stride) {}
+
   explicit Rows(const Tensor& tensor)
       : data(static_cast<T*>(tensor.data_ptr())),
         count(tensor.size(0)),

@@ -273,6 +273,19 @@ inline void multiply<TiledPair>(
 }
 #endif
 
+// Runs task(index) for all tasks, each as soon as a thread is free; a thread makes its own worker.
+// Products may be taken in there.
+template <class MakeWorker>
+inline void run_tasks(int64_t tasks, const MakeWorker& make_worker) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Tiles tiles;
+    auto worker = make_worker();
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) worker(task);
+  });
+}
+
 // A stage of the transposition of LANES vectors: swaps what lies STEP off the diagonal.
 template <int STEP>
 inline void transpose_stage(Vec (&v)[LANES]) {

@@ -181,23 +181,23 @@ def _tiles_are_granted() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-def _load_extension() -> str | None:
-    """Load the compiled CPU ops as torch.ops.llamapro_cpp. Returns why there are none, or None."""
+def _load_extension() -> tuple[str | None, str | None]:
+    """Load the compiled CPU ops as torch.ops.llamapro_cpp: which build, or why there is none."""
     if os.environ.get("LLAMAPRO_NO_EXTENSION") == "1":
-        return "LLAMAPRO_NO_EXTENSION is 1"
-    paths = [Path(__file__).parent / f"cpu_{name}.so" for name in _runnable_builds()]
-    built = [path for path in paths if path.exists()]
+        return None, "LLAMAPRO_NO_EXTENSION is 1"
+    paths = {name: Path(__file__).parent / f"cpu_{name}.so" for name in _runnable_builds()}
+    built = [name for name, path in paths.items() if path.exists()]
     if not built:
-        return f"{paths[0].name} was not built"
+        return None, f"{next(iter(paths.values())).name} was not built"
     try:
-        torch.ops.load_library(built[0])
+        torch.ops.load_library(paths[built[0]])
     except OSError as error:
-        return f"{built[0].name} does not load: {error}"
-    return None
+        return None, f"{paths[built[0]].name} does not load: {error}"
+    return built[0], None
 
 
 cpp = torch.ops.llamapro_cpp
-WHY_NO_EXTENSION = _load_extension()
+CPU_BUILD, WHY_NO_EXTENSION = _load_extension()
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """Matrix products between the kernels: PyTorch's, or on some CPUs the same by a faster way.
 
-PyTorch asks MKL in fp32 and oneDNN in 16 bits. Two rules differ from that, on a CPU alone:
+PyTorch asks MKL in fp32 and oneDNN in 16 bits. Three rules differ from that, on a CPU alone:
 
 - fp32 on an AMD CPU comes from oneDNN, which PyTorch brings too: MKL uses no wide vectors there.
 - 16-bit operands are copied to fp32 where the CPU has no instruction that multiplies them, and the
   result is rounded once. Otherwise multiplications are emulated, at a fifth of the fp32 rate at
   best; the copies cost a tenth of the product.
+- bf16 operands on a CPU with AMX are multiplied by csrc/matmul.cpp: oneDNN's products take twice as
+  long for some shapes, and are as fast for others.
 
 These functions have no derivative: they stand where a gradient is written out.
 """
@@ -17,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from llamapro_kernels import library
 
+TILED = {torch.bfloat16} if library.CPU_BUILD == "amx" else set()
 PIECE = 8192  # columns of a product that are copied to where they belong while in the cache
 COPIED = 1024  # rows, columns and depth of what is in fp32 at a time: 4 MB an operand
 ROWS = 16  # fewer take as long as reading the other operand, which is shortest in 16 bits
@@ -34,6 +37,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x (..., K) weight (N, K)^T + bias (N,) as (..., N), in their dtype."""
     if _is_emulated(x, weight.T, bias):
         return _by_fp32(x, weight.T, bias)
+    if bias is None and _is_tiled(x, weight.T):
+        return _by_tiles(x, weight.T)
     return _linear(x, weight, bias)
 
 
@@ -41,6 +46,8 @@ def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) ->
     """a (..., K) b (K, N) as (..., N), in their dtype; with `out` (M, N) into it, from a (M, K)."""
     if _is_emulated(a, b):
         return _by_fp32(a, b, out=out)
+    if _is_tiled(a, b):
+        return _by_tiles(a, b, out)
     if not _takes_onednn(a):
         return a @ b if out is None else torch.mm(a, b, out=out)
     if out is None:
@@ -59,6 +66,8 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     elif _is_emulated(a, b):
         for rows, columns in itertools.product(_pieces(a.shape[0]), _pieces(b.shape[1])):
             _add_by_fp32(total[rows, columns], a[rows], b[:, columns])
+    elif _is_tiled(a, b):
+        library.cpp.matmul(a, b, None, total)
     else:
         total += a @ b
 
@@ -70,8 +79,16 @@ def _takes_onednn(x):
 
 
 def _is_emulated(a, b, bias=None):
-    """What does not fit together is left to PyTorch, which says so."""
-    if a.dtype not in EMULATED or a.device.type != "cpu" or a.dtype != b.dtype:
+    return a.dtype in EMULATED and _fits(a, b, bias)
+
+
+def _is_tiled(a, b):
+    return a.dtype in TILED and _fits(a, b) and not torch.compiler.is_compiling()
+
+
+def _fits(a, b, bias=None):
+    """On a CPU, and enough rows. What does not fit together is left to PyTorch, which says so."""
+    if a.device.type != "cpu" or a.dtype != b.dtype:
         return False
     if bias is not None and (bias.dtype != a.dtype or bias.shape != b.shape[1:]):
         return False
@@ -82,6 +99,14 @@ def _linear(x, weight, bias=None):
     if _takes_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def _by_tiles(a, b, out=None):
+    """a b in bf16, summed in fp32 and rounded once."""
+    if out is None:
+        out = a.new_empty((*a.shape[:-1], b.shape[1]))
+    library.cpp.matmul(a.flatten(0, -2), b, out.flatten(0, -2), None)
+    return out
 
 
 def _by_fp32(a, b, bias=None, out=None):
@@ -115,9 +140,16 @@ def _pieces(length, size=None):
     return [slice(at, at + size) for at in range(0, length, size)]
 
 
-def _flops(x, weight, *_, out_shape=None):
+def _linear_flops(x, weight, *_, out_shape=None):
     return 2 * torch.Size(x).numel() * weight[0]
 
 
+def _matmul_flops(a, b, *_, out_shape=None):
+    return 2 * a[0] * a[1] * b[1]
+
+
 if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear_flops)
+if hasattr(library.cpp, "matmul"):
+    register_flop_formula(library.cpp.matmul)(_matmul_flops)
+    torch.library.register_fake("llamapro_cpp::matmul", lambda a, b, out, total: None)

@@ -95,6 +95,25 @@ def test_attention_over_several_blocks(mask, sizes, dim, dtype):
         assert error <= 2 * peer + stored + summed
 
 
+@pytest.mark.parametrize("across_b", [False, True])
+@pytest.mark.parametrize("across_a", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (33, 97, 70), (64, 1100, 300), (600, 32, 17)])
+def test_matmul_over_several_pieces(sizes, across_a, across_b, threads):
+    """Rows or columns of a and b are neighbours; rounded once, or added to a total in fp32."""
+    m, k, n = sizes
+    a = torch.randn(k, m + 3).bfloat16()[:, :m].T if across_a else torch.randn(m, k).bfloat16()
+    b = torch.randn(n, k + 1).bfloat16()[:, :k].T if across_b else torch.randn(k, n).bfloat16()
+    truth = a.double() @ b.double()
+    wide, total = torch.full((m, n + 5), 7.0).bfloat16(), torch.ones(m, n)
+    for count in (2, 5):
+        threads(count)
+        library.cpp.matmul(a, b, wide[:, :n], None)
+        library.cpp.matmul(a, b, None, total)
+    torch.testing.assert_close(wide[:, :n].double(), truth, rtol=2**-8, atol=1e-4)
+    torch.testing.assert_close(total.double(), 1 + 2 * truth, rtol=1e-5, atol=1e-3)
+    assert (wide[:, n:] == 7).all()
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_threads(name, count, threads):
@@ -181,3 +200,8 @@ def test_messages_say_got_and_expected():
         library.cpp.swiglu_forward(torch.ones(2, 4).double(), torch.ones(2, 2).double())
     with pytest.raises(RuntimeError, match="a matrix expected, got 3 dimensions"):
         library.cpp.swiglu_forward(torch.ones(1, 2, 4), torch.ones(2, 2))
+    a = torch.ones(2, 4).bfloat16()
+    with pytest.raises(RuntimeError, match="times bfloat16 as Float expected, got BFloat16"):
+        library.cpp.matmul(a, a.T, None, torch.ones(2, 2).bfloat16())
+    with pytest.raises(RuntimeError, match=r"\(M, K\) times \(K, N\) expected"):
+        library.cpp.matmul(a, a, torch.ones(2, 4).bfloat16(), None)

@@ -5,19 +5,27 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from llamapro_kernels import product
+from llamapro_kernels import library, product
 from llamapro_kernels.product import add_matmul, linear, matmul
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
 )
+MM, ONEDNN = torch.ops.aten.mm, torch.ops.mkldnn._linear_pointwise
+TILES = library.cpp.matmul if library.CPU_BUILD else None
 SIXTEEN_BITS = {torch.bfloat16, torch.float16}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = dict(zip(DTYPES, (1e-12, 1e-5, 1e-2, 2e-3), strict=True))
 
 
-@pytest.fixture(params=["Intel", "AMD", "Intel, fp32 alone", "AMD, fp32 alone"], autouse=True)
+CPUS = ["Intel", "AMD", "Intel, fp32 alone", "AMD, fp32 alone"]
+if library.CPU_BUILD:
+    CPUS.append("Intel, tiles")
+
+
+@pytest.fixture(params=CPUS, autouse=True)
 def cpu(request, monkeypatch):
+    monkeypatch.setattr(product, "TILED", {torch.bfloat16} if "tiles" in request.param else set())
     monkeypatch.setattr(product, "MKL_IS_SLOW", "AMD" in request.param)
     monkeypatch.setattr(product, "EMULATED", SIXTEEN_BITS if "alone" in request.param else set())
     monkeypatch.setattr(product, "PIECE", 16)
@@ -59,11 +67,12 @@ def test_transposed_and_into(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_added(dtype, cpu):
-    """The sum is rounded to 16 bits on its way only where PyTorch multiplies those."""
+    """What is added is rounded to 16 bits only where PyTorch multiplies those."""
     a, b, total = random(11, 37, dtype=dtype), random(11, 24, dtype=dtype), random(37, 24)
     truth = total.double() + a.double().T @ b.double()
     add_matmul(total, a.T, b)
-    check(total, truth, torch.float32 if "alone" in cpu else dtype)
+    in_fp32 = "alone" in cpu or ("tiles" in cpu and dtype == torch.bfloat16)
+    check(total, truth, torch.float32 if in_fp32 else dtype)
 
 
 class Asked(TorchDispatchMode):
@@ -74,7 +83,7 @@ class Asked(TorchDispatchMode):
         self.products = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.mkldnn._linear_pointwise):
+        if function.overloadpacket in (MM, ONEDNN, TILES):
             self.products.append((function.overloadpacket, args[0].dtype))
         return function(*args, **(kwargs or {}))
 
@@ -83,7 +92,8 @@ class Asked(TorchDispatchMode):
 def test_the_library_asked(dtype, cpu):
     in_fp32 = dtype == torch.float32 or (dtype in SIXTEEN_BITS and "alone" in cpu)
     onednn = in_fp32 and "AMD" in cpu
-    op = torch.ops.mkldnn._linear_pointwise if onednn else torch.ops.aten.mm
+    tiles = "tiles" in cpu and dtype == torch.bfloat16
+    op = ONEDNN if onednn else TILES if tiles else MM
     with Asked() as asked:
         linear(random(2, 4, 8, dtype=dtype), random(8, 8, dtype=dtype))
     assert asked.products == [(op, torch.float32 if in_fp32 else dtype)]
@@ -94,7 +104,7 @@ def test_few_rows(dtype):
     """Are bound by reading the weight, which is not copied for them."""
     with Asked() as asked:
         matmul(random(3, 24, dtype=dtype), random(24, 16, dtype=dtype))
-    assert asked.products == [(torch.ops.aten.mm, dtype)]
+    assert asked.products == [(MM, dtype)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

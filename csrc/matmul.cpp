@@ -1,0 +1,180 @@
+// Matrix products in bf16 for CPUs with AMX, where oneDNN reaches a third of what the tiles can.
+//
+// A task is WIDE columns of the result, and a part of its rows. It packs the columns of B itself; A
+// is taken as it lies, or packed before for all tasks.
+#include "packer.h"
+
+namespace llamapro {
+namespace {
+
+constexpr int64_t STRIP = 32;  // rows that are multiplied at a time
+constexpr int64_t WIDE = 256;
+constexpr int64_t DEEP = 1024;  // numbers of the sum that are packed of B at a time
+constexpr int64_t PACKED = 1 << 22;  // numbers of A that are packed at a time
+
+using Element = ElementOf<BFloat16>::type;
+using Matrix = Rows<BFloat16>;
+
+inline Matrix part(const Matrix& of, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  return {of[row] + column * of.column_stride, rows, columns, of.row_stride, of.column_stride};
+}
+
+inline Matrix transposed(const Matrix& of) {
+  return {of.data, of.width, of.count, of.column_stride, of.row_stride};
+}
+
+inline bool runs_down(const Matrix& of) { return of.column_stride != 1 && of.row_stride == 1; }
+
+template <class Function>
+void in_steps(int64_t count, int64_t step, const Function& function) {
+  torch::stable::parallel_for(0, (count + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i * step, std::min(step, count - i * step));
+  });
+}
+
+// A as (rows, elements), in place where it can be. Packed rows do not share a set of the cache.
+class PackedRows {
+ public:
+  explicit PackedRows(const Matrix& a)
+      : in_place_(a.count % STRIP ? std::nullopt : Packer<BFloat16>(a.width, 0).rows_in_place(a)),
+        stride_(round_up(a.width, 64) / Element::WIDTH + 16),
+        data_(in_place_ ? 0 : round_up(a.count, STRIP) * stride_) {
+    if (in_place_) return;
+    if (runs_down(a)) {
+      in_steps(a.count, 256, [&](int64_t row, int64_t rows) { pack_columns(a, row, rows); });
+    } else {
+      in_steps(a.count, STRIP, [&](int64_t row, int64_t rows) {
+        Packer<BFloat16>(a.width, 0).rows(a, row, rows, from(row, 0));
+      });
+    }
+  }
+
+  Operand from(int64_t row, int64_t depth) const {
+    Operand at = in_place_ ? *in_place_ : Operand{data_, stride_};
+    at.data = at.row(row) + depth / Element::WIDTH;
+    return at;
+  }
+
+ private:
+  void pack_columns(const Matrix& a, int64_t row, int64_t rows) {
+    constexpr int64_t DEPTH = 64;
+    Packer<BFloat16> packer(rows, DEPTH);
+    const Matrix columns = transposed(part(a, row, rows, 0, a.width));
+    for (int64_t k = 0; k < a.width; k += DEPTH)
+      packer.interleaved_columns(columns, k, std::min(DEPTH, a.width - k), from(row, k));
+  }
+
+  std::optional<Operand> in_place_;
+  int64_t stride_;
+  Buffer data_;
+};
+
+// Packs b as (elements, WIDE).
+void pack_columns(const Matrix& b, Operand to) {
+  if (!runs_down(b)) return Packer<BFloat16>(b.width, 0).interleaved(b, 0, b.count, to);
+  constexpr int64_t COUNT = 32;
+  Packer<BFloat16> packer(b.count, COUNT);
+  for (int64_t first = 0; first < b.width; first += COUNT)
+    packer.columns(
+        transposed(b), first, std::min(COUNT, b.width - first), {to.data + first, to.stride});
+}
+
+inline void round_row(const float* from, int64_t count, BFloat16* to) {
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  for (; i + LANES <= count; i += LANES)
+    Element::store_row(reinterpret_cast<float*>(to), i, load<Vec>(from + i));
+#endif
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+inline void add_row(const float* from, int64_t count, float* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// put(sums, row, rows, column, columns) takes what is finished.
+template <class Put>
+void multiply_packed(const PackedRows& a, int64_t rows, const Matrix& b, const Put& put) {
+  const int64_t groups = (b.width + WIDE - 1) / WIDE;
+  const int64_t wide = round_up((b.width + groups - 1) / groups, 32);
+  const int64_t strips = (rows + STRIP - 1) / STRIP;
+  const int64_t wanted = (4 * torch::stable::get_num_threads() + groups - 1) / groups;
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, strips / 8));
+  const int64_t deep = std::min(b.count, DEEP), most_rows = (strips + parts - 1) / parts * STRIP;
+  struct Worker {
+    Buffer columns, sums;
+  };
+  run_tasks(groups * parts, [&] {
+    auto worker = std::make_shared<Worker>(Worker{
+        Buffer(round_up(deep, Element::DEPTH) / Element::WIDTH * WIDE),
+        Buffer(most_rows * WIDE)});
+    return [&, worker](int64_t task) {
+      const int64_t column = task / parts * wide, columns = std::min(wide, b.width - column);
+      const int64_t first = strips * (task % parts) / parts * STRIP;
+      const int64_t last = std::min(rows, strips * (task % parts + 1) / parts * STRIP);
+      const Operand packed{worker->columns, WIDE};
+      for (int64_t k = 0; k < b.count; k += deep) {
+        const int64_t depth = std::min(deep, b.count - k);
+        pack_columns(part(b, k, depth, column, columns), packed);
+        for (int64_t row = first; row < last; row += STRIP) {
+          const int64_t count = std::min(STRIP, last - row);
+          const Operand sums{worker->sums + (b.count > deep ? (row - first) * WIDE : 0), WIDE};
+          multiply<Element>(
+              a.from(row, k), packed, sums, count, round_up(columns, LANES),
+              round_up(depth, Element::DEPTH) / Element::WIDTH, k > 0);
+          if (k + depth == b.count) put(sums, row, count, column, columns);
+        }
+      }
+    };
+  });
+}
+
+inline void check(const Tensor& a, const Tensor& b, const Tensor& result, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      a.scalar_type() == ScalarType::BFloat16 && b.scalar_type() == ScalarType::BFloat16 &&
+          result.scalar_type() == dtype,
+      "bfloat16 times bfloat16 as ", dtype, " expected, got ", a.scalar_type(), ", ",
+      b.scalar_type(), " and ", result.scalar_type());
+  STD_TORCH_CHECK(
+      a.size(1) == b.size(0) && result.size(0) == a.size(0) && result.size(1) == b.size(1) &&
+          result.stride(1) == 1,
+      "(M, K) times (K, N) expected, and rows of neighbours to put it to");
+}
+
+// out (M, N) = a (M, K) b (K, N) in bf16; or with `total`, (M, N) in fp32, total += a b.
+void matmul(
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& out,
+    const std::optional<Tensor>& total) {
+  const Matrix left(a), right(b);
+  if (out) check(a, b, *out, ScalarType::BFloat16);
+  if (total) check(a, b, *total, ScalarType::Float);
+  const std::optional<Matrix> rounded = out ? std::optional<Matrix>(*out) : std::nullopt;
+  const std::optional<Rows<float>> added = total ? std::optional<Rows<float>>(*total) : std::nullopt;
+  const int64_t tall =
+      std::max<int64_t>(256, PACKED / std::max<int64_t>(1, left.width) / STRIP * STRIP);
+  for (int64_t start = 0; start < left.count; start += tall) {
+    const int64_t rows = std::min(tall, left.count - start);
+    const PackedRows packed(part(left, start, rows, 0, left.width));
+    multiply_packed(
+        packed, rows, right,
+        [&](Operand sums, int64_t row, int64_t count, int64_t column, int64_t columns) {
+          for (int64_t i = 0; i < count; ++i) {
+            if (added) add_row(sums.row(i), columns, (*added)[start + row + i] + column);
+            if (rounded) round_row(sums.row(i), columns, (*rounded)[start + row + i] + column);
+          }
+        });
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llamapro_cpp, library) {
+  library.def("matmul(Tensor a, Tensor b, Tensor(a!)? out, Tensor(b!)? total) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llamapro_cpp, CPU, library) {
+  library.impl("matmul", TORCH_BOX(&matmul));
+}
+
+}  // namespace llamapro

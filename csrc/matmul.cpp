@@ -99,7 +99,7 @@ void multiply_packed(const PackedRows& a, int64_t rows, const Matrix& b, const P
   const int64_t groups = (b.width + WIDE - 1) / WIDE;
   const int64_t wide = round_up((b.width + groups - 1) / groups, 32);
   const int64_t strips = (rows + STRIP - 1) / STRIP;
-  const int64_t wanted = (4 * torch::stable::get_num_threads() + groups - 1) / groups;
+  const int64_t wanted = (2 * torch::stable::get_num_threads() + groups - 1) / groups;
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, strips / 8));
   const int64_t deep = std::min(b.count, DEEP), most_rows = (strips + parts - 1) / parts * STRIP;
   struct Worker {

@@ -8,7 +8,7 @@ namespace llamapro {
 namespace {
 
 constexpr int64_t STRIP = 32;  // rows that are multiplied at a time
-constexpr int64_t WIDE = 256;
+constexpr int64_t WIDE = 320;
 constexpr int64_t DEEP = 1024;  // numbers of the sum that are packed of B at a time
 constexpr int64_t PACKED = 1 << 22;  // numbers of A that are packed at a time
 
@@ -96,30 +96,30 @@ inline void add_row(const float* from, int64_t count, float* to) {
 // put(sums, row, rows, column, columns) takes what is finished.
 template <class Put>
 void multiply_packed(const PackedRows& a, int64_t rows, const Matrix& b, const Put& put) {
-  const int64_t groups = (b.width + WIDE - 1) / WIDE;
-  const int64_t wide = round_up((b.width + groups - 1) / groups, 32);
-  const int64_t strips = (rows + STRIP - 1) / STRIP;
-  const int64_t wanted = (2 * torch::stable::get_num_threads() + groups - 1) / groups;
-  const int64_t parts = std::max<int64_t>(1, std::min(wanted, strips / 8));
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t rounds = (b.width + threads * WIDE - 1) / (threads * WIDE);
+  const int64_t wide = round_up((b.width + threads * rounds - 1) / (threads * rounds), 32);
+  const int64_t groups = (b.width + wide - 1) / wide, strips = (rows + STRIP - 1) / STRIP;
+  const int64_t parts = std::max<int64_t>(1, std::min((2 * threads + groups - 1) / groups, strips / 16));
   const int64_t deep = std::min(b.count, DEEP), most_rows = (strips + parts - 1) / parts * STRIP;
   struct Worker {
     Buffer columns, sums;
   };
   run_tasks(groups * parts, [&] {
     auto worker = std::make_shared<Worker>(Worker{
-        Buffer(round_up(deep, Element::DEPTH) / Element::WIDTH * WIDE),
-        Buffer(most_rows * WIDE)});
+        Buffer(round_up(deep, Element::DEPTH) / Element::WIDTH * wide),
+        Buffer(most_rows * wide)});
     return [&, worker](int64_t task) {
       const int64_t column = task / parts * wide, columns = std::min(wide, b.width - column);
       const int64_t first = strips * (task % parts) / parts * STRIP;
       const int64_t last = std::min(rows, strips * (task % parts + 1) / parts * STRIP);
-      const Operand packed{worker->columns, WIDE};
+      const Operand packed{worker->columns, wide};
       for (int64_t k = 0; k < b.count; k += deep) {
         const int64_t depth = std::min(deep, b.count - k);
         pack_columns(part(b, k, depth, column, columns), packed);
         for (int64_t row = first; row < last; row += STRIP) {
           const int64_t count = std::min(STRIP, last - row);
-          const Operand sums{worker->sums + (b.count > deep ? (row - first) * WIDE : 0), WIDE};
+          const Operand sums{worker->sums + (b.count > deep ? (row - first) * wide : 0), wide};
           multiply<Element>(
               a.from(row, k), packed, sums, count, round_up(columns, LANES),
               round_up(depth, Element::DEPTH) / Element::WIDTH, k > 0);

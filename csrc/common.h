@@ -113,6 +113,12 @@ struct Rows {
   T* operator[](int64_t row) const { return data + row * row_stride; }
 };
 
+// Asking a tensor takes as long as a hundred elements: it is done once, not for each row.
+template <class T>
+inline std::optional<Rows<T>> rows_of(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Rows<T>>(*tensor) : std::nullopt;
+}
+
 // `count` elements that lie `stride` apart: in place where they are neighbours, or in `scratch`.
 template <class T>
 inline const T* neighbours(const T* data, int64_t count, int64_t stride, std::vector<T>& scratch) {

@@ -149,8 +149,8 @@ void matmul(
   const Matrix left(a), right(b);
   if (out) check(a, b, *out, ScalarType::BFloat16);
   if (total) check(a, b, *total, ScalarType::Float);
-  const std::optional<Matrix> rounded = out ? std::optional<Matrix>(*out) : std::nullopt;
-  const std::optional<Rows<float>> added = total ? std::optional<Rows<float>>(*total) : std::nullopt;
+  const auto rounded = rows_of<BFloat16>(out);
+  const auto added = rows_of<float>(total);
   const int64_t tall =
       std::max<int64_t>(256, PACKED / std::max<int64_t>(1, left.width) / STRIP * STRIP);
   for (int64_t start = 0; start < left.count; start += tall) {

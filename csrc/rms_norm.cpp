@@ -11,6 +11,7 @@ void forward_rows(
     const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, float eps,
     const Tensor& y, const std::optional<Tensor>& total, const Tensor& rstd) {
   const Rows<T> xs(x), ys(y);
+  const auto more = rows_of<T>(residual), sums = rows_of<T>(total);
   const float* w = static_cast<const float*>(weight.data_ptr());
   float* scales = static_cast<float*>(rstd.data_ptr());
   const int64_t width = xs.width;
@@ -18,10 +19,9 @@ void forward_rows(
     std::vector<T> x_scratch, residual_scratch;
     for (int64_t row = begin; row < end; ++row) {
       const T* value = neighbours<T>(xs[row], width, xs.column_stride, x_scratch);
-      if (residual) {  // the sum is rounded before it is normed, as the two steps apart would do
-        const Rows<T> more(*residual), sums(*total);
-        const T* added = neighbours<T>(more[row], width, more.column_stride, residual_scratch);
-        T* sum = sums[row];
+      if (more) {  // the sum is rounded before it is normed, as the two steps apart would do
+        const T* added = neighbours<T>((*more)[row], width, more->column_stride, residual_scratch);
+        T* sum = (*sums)[row];
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) sum[i] = float(value[i]) + float(added[i]);
         value = sum;
@@ -65,6 +65,7 @@ void backward_rows(
     const std::optional<Tensor>& weight, const Tensor& rstd, const std::optional<Tensor>& dx,
     const std::optional<Tensor>& partial) {
   const Rows<T> dys(dy), xs(x);
+  const auto sums = rows_of<T>(dtotal), dxs = rows_of<T>(dx);
   const float* scales = static_cast<const float*>(rstd.data_ptr());
   const float* w = weight ? static_cast<const float*>(weight->data_ptr()) : nullptr;
   const int64_t width = xs.width;
@@ -74,13 +75,10 @@ void backward_rows(
       const T* value = neighbours<T>(xs[row], width, xs.column_stride, x_scratch);
       const T* grad = neighbours<T>(dys[row], width, dys.column_stride, dy_scratch);
       const float scale = scales[row];
-      if (dx) {
+      if (dxs) {
         const T* added = nullptr;
-        if (dtotal) {
-          const Rows<T> sums(*dtotal);
-          added = neighbours<T>(sums[row], width, sums.column_stride, dtotal_scratch);
-        }
-        backward_row(grad, value, added, w, scale, width, Rows<T>(*dx)[row]);
+        if (sums) added = neighbours<T>((*sums)[row], width, sums->column_stride, dtotal_scratch);
+        backward_row(grad, value, added, w, scale, width, (*dxs)[row]);
       }
       if (dweight) {
 #pragma omp simd
@@ -93,11 +91,11 @@ void backward_rows(
     return;
   }
   // A row of `partial` sums its share of the rows, whichever thread has it.
-  const Rows<float> sums(*partial);
-  torch::stable::parallel_for(0, sums.count, 1, [&](int64_t begin, int64_t end) {
+  const Rows<float> parts(*partial);
+  torch::stable::parallel_for(0, parts.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      std::fill_n(sums[part], width, 0.0f);
-      rows(xs.count * part / sums.count, xs.count * (part + 1) / sums.count, sums[part]);
+      std::fill_n(parts[part], width, 0.0f);
+      rows(xs.count * part / parts.count, xs.count * (part + 1) / parts.count, parts[part]);
     }
   });
 }

@@ -19,19 +19,21 @@ void rotate(const T* x, const float* cos, const float* sin, float sign, int64_t 
 void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign, const Tensor& out) {
   STD_TORCH_CHECK(x.dim() == 4, "x (B, T, H, D) expected, got ", x.dim(), " dimensions");
   const int64_t length = x.size(1), heads = x.size(2), dim = x.size(3);
+  const int64_t stride[] = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   const float* cosines = static_cast<const float*>(cos.data_ptr());
   const float* sines = static_cast<const float*>(sin.data_ptr());
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
+    const T* all = static_cast<const T*>(x.data_ptr());
+    T* rotated = static_cast<T*>(out.data_ptr());
     parallel_rows(x.size(0) * length, heads * dim, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch;
       for (int64_t token = begin; token < end; ++token) {
         const int64_t time = token % length;
-        const T* from = static_cast<const T*>(x.data_ptr()) + token / length * x.stride(0) +
-            time * x.stride(1);
-        T* to = static_cast<T*>(out.data_ptr()) + token * heads * dim;
+        const T* from = all + token / length * stride[0] + time * stride[1];
+        T* to = rotated + token * heads * dim;
         for (int64_t head = 0; head < heads; ++head) {
-          const T* row = neighbours(from + head * x.stride(2), dim, x.stride(3), scratch);
+          const T* row = neighbours(from + head * stride[2], dim, stride[3], scratch);
           const float* c = cosines + time * dim;
           rotate(row, c, sines + time * dim, static_cast<float>(sign), dim / 2, to + head * dim);
         }

@@ -22,8 +22,7 @@ void forward_rows(
       if (more) {  // the sum is rounded before it is normed, as the two steps apart would do
         const T* added = neighbours<T>((*more)[row], width, more->column_stride, residual_scratch);
         T* sum = (*sums)[row];
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) sum[i] = float(value[i]) + float(added[i]);
+        fill_row(sum, width, [&](int64_t i) { return float(value[i]) + float(added[i]); });
         value = sum;
       }
       float squares = 0;
@@ -31,8 +30,7 @@ void forward_rows(
       for (int64_t i = 0; i < width; ++i) squares += float(value[i]) * float(value[i]);
       const float scale = 1.0f / std::sqrt(squares / width + eps);
       T* out = ys[row];
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) out[i] = float(value[i]) * scale * w[i];
+      fill_row(out, width, [&](int64_t i) { return float(value[i]) * scale * w[i]; });
       scales[row] = scale;
     }
   });

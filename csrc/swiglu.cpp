@@ -14,11 +14,10 @@ void forward_rows(const Tensor& gate_up, const Tensor& y) {
       const T* gate = neighbours<T>(packed[row], 2 * width, packed.column_stride, scratch);
       const T* up = gate + width;
       T* out = ys[row];
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
+      fill_row(out, width, [&](int64_t i) {
         const float g = gate[i];
-        out[i] = g / (1.0f + exp(-g)) * float(up[i]);
-      }
+        return g / (1.0f + exp(-g)) * float(up[i]);
+      });
     }
   });
 }

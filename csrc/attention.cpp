@@ -196,9 +196,7 @@ class Forward {
     for (int64_t i = 0; i < count; ++i) {
       const float total = total_[i] > 0 || total_[i] != total_[i] ? total_[i] : 1.0f;
       const float* from = turned_ + i * dim_;
-      T* to = o[first + i];
-#pragma omp simd
-      for (int64_t j = 0; j < dim_; ++j) to[j] = from[j] / total;
+      fill_row(o[first + i], dim_, [&](int64_t j) { return from[j] / total; });
       lse[first + i] = (peak_[i] + std::log2(total)) * LN2;
     }
   }
@@ -406,9 +404,7 @@ class Backward {
 
   void put(const float* sums, float scale, const Head<T>& to, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i, sums += packer_.padded()) {
-      T* out = to[i];
-#pragma omp simd
-      for (int64_t j = 0; j < dim_; ++j) out[j] = sums[j] * scale;
+      fill_row(to[i], dim_, [&](int64_t j) { return sums[j] * scale; });
     }
   }
 
@@ -435,9 +431,7 @@ void put_queries(
   transpose({sums, QUERIES}, dim, round_up(rows, LANES), {turned, dim});
   for (int64_t i = 0; i < rows; ++i) {
     const float* from = turned + i * dim;
-    T* to = dq[first + i];
-#pragma omp simd
-    for (int64_t j = 0; j < dim; ++j) to[j] = from[j] * scale;
+    fill_row(dq[first + i], dim, [&](int64_t j) { return from[j] * scale; });
   }
 }
 

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace llamapro {
@@ -56,8 +57,8 @@ struct Half {
   operator float() const { return torch::headeronly::detail::fp16_ieee_to_fp32_value(bits); }
 };
 
-// 2^x to two ulp, for a float or a vector of them: 2^round(x) by the exponent's bits, times a minimax
-// polynomial of the rest. Below 2^-126 it is 0; NaN and infinity go through.
+// 2^x to two ulp, for a float or a vector of them: 2^round(x) by the exponent's bits, times a
+// minimax polynomial of the rest. Below 2^-126 it is 0; NaN and infinity go through.
 template <class Float, class Int>
 inline Float exp2(Float x) {
   const Float least = Float{} - 127.0f, most = Float{} + 128.0f;
@@ -75,29 +76,35 @@ inline Float exp2(Float x) {
   return p * bit_cast<Float>(exponent);
 }
 
-// to[i] = function(i), rounded. Compilers know no instruction that rounds to bf16: in blocks, whose
-// numbers stay in registers, it is named.
+inline void round_row(const float* from, int64_t count, BFloat16* to) {
+  int64_t start = 0;
+#ifdef __AVX512BF16__  // compilers know no instruction that rounds to bf16: it is named
+  for (; start + 16 <= count; start += 16) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + start));
+    std::memcpy(to + start, &rounded, sizeof(rounded));
+  }
+#endif
+  for (int64_t i = start; i < count; ++i) to[i] = from[i];
+}
+
+// to[i] = function(i), rounded.
 template <class T, class Function>
 inline void fill_row(T* to, int64_t count, const Function& function) {
-  int64_t start = 0;
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, BFloat16>) {
-    for (; start + 16 <= count;) {
-      constexpr int64_t BLOCK = 256;
-      alignas(64) float block[BLOCK];
-      const int64_t size = std::min(BLOCK, (count - start) / 16 * 16);
+    constexpr int64_t BLOCK = 256;
+    alignas(64) float block[BLOCK];
+    for (int64_t start = 0; start < count; start += BLOCK) {
+      const int64_t size = std::min(BLOCK, count - start);
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) block[i] = function(start + i);
-      for (int64_t i = 0; i < size; i += 16) {
-        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_load_ps(block + i));
-        std::memcpy(to + start + i, &rounded, sizeof(rounded));
-      }
-      start += size;
+      round_row(block, size, to + start);
     }
+    return;
   }
 #endif
 #pragma omp simd
-  for (int64_t i = start; i < count; ++i) to[i] = function(i);
+  for (int64_t i = 0; i < count; ++i) to[i] = function(i);
 }
 
 inline float exp(float x) { return exp2<float, int32_t>(x * 1.442695041f); }

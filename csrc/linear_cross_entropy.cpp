@@ -32,8 +32,7 @@ float log_sum_exp(const T* logits, int64_t count) {
 template <class T>
 void to_gradient(T* logits, int64_t count, int64_t target, float lse, float upstream) {
   const float at_target = exp(float(logits[target]) - lse);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) logits[i] = exp(float(logits[i]) - lse) * upstream;
+  fill_row(logits, count, [&](int64_t i) { return exp(float(logits[i]) - lse) * upstream; });
   logits[target] = (at_target - 1.0f) * upstream;
 }
 

@@ -1,16 +1,15 @@
-// Matrix products in bf16 for CPUs with AMX, where oneDNN reaches a third of what the tiles can.
+// Matrix products in bf16, for CPUs with AMX: llamapro_kernels/product.py says when they are used.
 //
-// A task is WIDE columns of the result, and a part of its rows. It packs the columns of B itself; A
+// A task is some columns of the result, and a part of its rows. It packs the columns of B itself; A
 // is taken as it lies, or packed before for all tasks.
 #include "packer.h"
 
 namespace llamapro {
 namespace {
 
+constexpr int64_t WIDE = 320, DEEP = 1024;  // of B, at most so much is packed at a time
+constexpr int64_t PACKED = 1 << 22;  // numbers of A, likewise
 constexpr int64_t STRIP = 32;  // rows that are multiplied at a time
-constexpr int64_t WIDE = 320;
-constexpr int64_t DEEP = 1024;  // numbers of the sum that are packed of B at a time
-constexpr int64_t PACKED = 1 << 22;  // numbers of A that are packed at a time
 
 using Element = ElementOf<BFloat16>::type;
 using Matrix = Rows<BFloat16>;
@@ -69,7 +68,7 @@ class PackedRows {
   Buffer data_;
 };
 
-// Packs b as (elements, WIDE).
+// b as (elements, columns).
 void pack_columns(const Matrix& b, Operand to) {
   if (!runs_down(b)) return Packer<BFloat16>(b.width, 0).interleaved(b, 0, b.count, to);
   constexpr int64_t COUNT = 32;
@@ -79,28 +78,21 @@ void pack_columns(const Matrix& b, Operand to) {
         transposed(b), first, std::min(COUNT, b.width - first), {to.data + first, to.stride});
 }
 
-inline void round_row(const float* from, int64_t count, BFloat16* to) {
-  int64_t i = 0;
-#ifdef __AVX512BF16__
-  for (; i + LANES <= count; i += LANES)
-    Element::store_row(reinterpret_cast<float*>(to), i, load<Vec>(from + i));
-#endif
-  for (; i < count; ++i) to[i] = from[i];
-}
-
 inline void add_row(const float* from, int64_t count, float* to) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-// put(sums, row, rows, column, columns) takes what is finished.
+// put(sums, row, rows, column, columns) takes what is finished. Each thread has the same number of
+// groups of columns; only where those are few do tasks share one, which each of them packs again.
 template <class Put>
 void multiply_packed(const PackedRows& a, int64_t rows, const Matrix& b, const Put& put) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t rounds = (b.width + threads * WIDE - 1) / (threads * WIDE);
   const int64_t wide = round_up((b.width + threads * rounds - 1) / (threads * rounds), 32);
   const int64_t groups = (b.width + wide - 1) / wide, strips = (rows + STRIP - 1) / STRIP;
-  const int64_t parts = std::max<int64_t>(1, std::min((2 * threads + groups - 1) / groups, strips / 16));
+  const int64_t wanted = (2 * threads + groups - 1) / groups;
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, strips / 16));
   const int64_t deep = std::min(b.count, DEEP), most_rows = (strips + parts - 1) / parts * STRIP;
   struct Worker {
     Buffer columns, sums;
@@ -119,7 +111,8 @@ void multiply_packed(const PackedRows& a, int64_t rows, const Matrix& b, const P
         pack_columns(part(b, k, depth, column, columns), packed);
         for (int64_t row = first; row < last; row += STRIP) {
           const int64_t count = std::min(STRIP, last - row);
-          const Operand sums{worker->sums + (b.count > deep ? (row - first) * wide : 0), wide};
+          const int64_t at = b.count > deep ? row - first : 0;  // all at once: needed no longer
+          const Operand sums{worker->sums + at * wide, wide};
           multiply<Element>(
               a.from(row, k), packed, sums, count, round_up(columns, LANES),
               round_up(depth, Element::DEPTH) / Element::WIDTH, k > 0);
@@ -137,9 +130,9 @@ inline void check(const Tensor& a, const Tensor& b, const Tensor& result, Scalar
       "bfloat16 times bfloat16 as ", dtype, " expected, got ", a.scalar_type(), ", ",
       b.scalar_type(), " and ", result.scalar_type());
   STD_TORCH_CHECK(
-      a.size(1) == b.size(0) && result.size(0) == a.size(0) && result.size(1) == b.size(1) &&
-          result.stride(1) == 1,
-      "(M, K) times (K, N) expected, and rows of neighbours to put it to");
+      a.size(1) == b.size(0) && a.size(1) > 0 && result.size(0) == a.size(0) &&
+          result.size(1) == b.size(1) && result.stride(1) == 1,
+      "(M, K) times (K, N) expected, of which something is summed, into rows of neighbours");
 }
 
 // out (M, N) = a (M, K) b (K, N) in bf16; or with `total`, (M, N) in fp32, total += a b.
@@ -149,6 +142,7 @@ void matmul(
   const Matrix left(a), right(b);
   if (out) check(a, b, *out, ScalarType::BFloat16);
   if (total) check(a, b, *total, ScalarType::Float);
+  if (right.width == 0) return;
   const auto rounded = rows_of<BFloat16>(out);
   const auto added = rows_of<float>(total);
   const int64_t tall =

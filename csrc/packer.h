@@ -6,14 +6,15 @@
 namespace llamapro {
 namespace {
 
-// Columns that are computed for `count`: whole vectors, and whole products where they are summed over.
+// Columns that are computed for `count`: whole vectors, and whole products where they are summed
+// over.
 template <class Element>
 inline int64_t whole_lanes(int64_t count) {
   return round_up(count, std::max<int64_t>(LANES, Element::DEPTH));
 }
 
-// Brings rows of `dim` numbers into the forms of a product. Where dim or the rows are summed over, zeros
-// fill up what a product takes at once; elsewhere dim is padded to whole vectors.
+// Brings rows of `dim` numbers into the forms of a product. Where dim or the rows are summed over,
+// zeros fill up what a product takes at once; elsewhere dim is padded to whole vectors.
 template <class T, class Element = typename ElementOf<T>::type>
 class Packer {
  public:
@@ -38,6 +39,7 @@ class Packer {
   std::optional<Operand> rows_in_place(const Rows<T>& from) const {
     if (sizeof(T) * Element::WIDTH != sizeof(float) || from.column_stride != 1) return {};
     if (dim_ % Element::DEPTH != 0 || from.row_stride % Element::WIDTH != 0) return {};
+    if (reinterpret_cast<uintptr_t>(from.data) % sizeof(float) != 0) return {};
     return Operand{reinterpret_cast<float*>(from.data), from.row_stride / Element::WIDTH};
   }
 

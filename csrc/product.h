@@ -1,4 +1,4 @@
-// Small matrix products in the vectors or the tiles of the machine, for `attention.cpp`.
+// Small matrix products in the vectors or the tiles of the machine.
 //
 // Every product is of one form, C += A B: an element of A is broadcast against a row of B. In bf16,
 // where the machine multiplies it, an element is a pair of neighbours along the summed dimension;
@@ -56,8 +56,8 @@ inline int64_t round_up(int64_t count, int64_t multiple) {
 class Buffer {
  public:
   explicit Buffer(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(4 * floats + 64, 64))), std::free) {
-    STD_TORCH_CHECK(data_, "out of memory: attention needs ", 4 * floats, " bytes");
+      : data_(static_cast<float*>(std::aligned_alloc(64, 4 * round_up(floats + 1, 16))), std::free) {
+    STD_TORCH_CHECK(data_, "out of memory: ", 4 * floats, " bytes are needed");
   }
   operator float*() const { return data_.get(); }
 

@@ -44,17 +44,11 @@ void backward_row(
 #pragma omp simd reduction(+ : dot)
   for (int64_t i = 0; i < width; ++i) dot += float(dy[i]) * w[i] * float(x[i]);
   const float mean = dot * scale / width;
-  if (dtotal) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      const float own = scale * (float(dy[i]) * w[i] - float(x[i]) * scale * mean);
-      dx[i] = own + float(dtotal[i]);
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i)
-      dx[i] = scale * (float(dy[i]) * w[i] - float(x[i]) * scale * mean);
-  }
+  const auto own = [&](int64_t i) {
+    return scale * (float(dy[i]) * w[i] - float(x[i]) * scale * mean);
+  };
+  if (dtotal) fill_row(dx, width, [&](int64_t i) { return own(i) + float(dtotal[i]); });
+  else fill_row(dx, width, own);
 }
 
 template <class T>
@@ -98,7 +92,8 @@ void backward_rows(
   });
 }
 
-// x, residual: (rows, width); weight: (width,) fp32; y, total: contiguous like x; rstd: (rows,) fp32.
+// x, residual: (rows, width); weight: (width,) fp32; y, total: contiguous like x; rstd: (rows,) in
+// fp32.
 void rms_norm_forward(
     const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps,
     const Tensor& y, const std::optional<Tensor>& total, const Tensor& rstd) {

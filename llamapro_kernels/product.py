@@ -92,7 +92,7 @@ def _fits(a, b, bias=None):
         return False
     if bias is not None and (bias.dtype != a.dtype or bias.shape != b.shape[1:]):
         return False
-    return a.shape[-1] == b.shape[0] and a.numel() >= ROWS * a.shape[-1] > 0
+    return a.shape[-1] == b.shape[0] and a.numel() >= ROWS * a.shape[-1] > 0 and b.shape[1] > 0
 
 
 def _linear(x, weight, bias=None):

@@ -56,7 +56,7 @@ inline int64_t round_up(int64_t count, int64_t multiple) {
 class Buffer {
  public:
   explicit Buffer(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, 4 * round_up(floats + 1, 16))), std::free) {
+      : data_(static_cast<float*>(std::aligned_alloc(64, 64 * (floats / 16 + 1))), std::free) {
     STD_TORCH_CHECK(data_, "out of memory: ", 4 * floats, " bytes are needed");
   }
   operator float*() const { return data_.get(); }

@@ -78,9 +78,10 @@ void pack_columns(const Matrix& b, Operand to) {
         transposed(b), first, std::min(COUNT, b.width - first), {to.data + first, to.stride});
 }
 
-inline void add_row(const float* from, int64_t count, float* to) {
+template <class T>
+inline void add_row(const T* from, int64_t count, float* to) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  for (int64_t i = 0; i < count; ++i) to[i] += float(from[i]);
 }
 
 // put(sums, row, rows, column, columns) takes what is finished. Each thread has the same number of
@@ -135,16 +136,18 @@ inline void check(const Tensor& a, const Tensor& b, const Tensor& result, Scalar
       "(M, K) times (K, N) expected, of which something is summed, into rows of neighbours");
 }
 
-// out (M, N) = a (M, K) b (K, N) in bf16; or with `total`, (M, N) in fp32, total += a b.
+// out (M, N) = a (M, K) b (K, N) + residual (M, N) in bf16; or with `total`, (M, N) in fp32,
+// total += a b.
 void matmul(
-    const Tensor& a, const Tensor& b, const std::optional<Tensor>& out,
-    const std::optional<Tensor>& total) {
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& residual,
+    const std::optional<Tensor>& out, const std::optional<Tensor>& total) {
   const Matrix left(a), right(b);
+  if (residual) check(a, b, *residual, ScalarType::BFloat16);
   if (out) check(a, b, *out, ScalarType::BFloat16);
   if (total) check(a, b, *total, ScalarType::Float);
   if (right.width == 0) return;
-  const auto rounded = rows_of<BFloat16>(out);
-  const auto added = rows_of<float>(total);
+  const auto more = rows_of<BFloat16>(residual), outs = rows_of<BFloat16>(out);
+  const auto totals = rows_of<float>(total);
   const int64_t tall =
       std::max<int64_t>(256, PACKED / std::max<int64_t>(1, left.width) / STRIP * STRIP);
   for (int64_t start = 0; start < left.count; start += tall) {
@@ -154,8 +157,11 @@ void matmul(
         packed, rows, right,
         [&](Operand sums, int64_t row, int64_t count, int64_t column, int64_t columns) {
           for (int64_t i = 0; i < count; ++i) {
-            if (added) add_row(sums.row(i), columns, (*added)[start + row + i] + column);
-            if (rounded) round_row(sums.row(i), columns, (*rounded)[start + row + i] + column);
+            float* sum = sums.row(i);
+            const int64_t at = start + row + i;
+            if (more) add_row((*more)[at] + column, columns, sum);
+            if (outs) round_row(sum, columns, (*outs)[at] + column);
+            if (totals) add_row(sum, columns, (*totals)[at] + column);
           }
         });
   }
@@ -164,7 +170,8 @@ void matmul(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llamapro_cpp, library) {
-  library.def("matmul(Tensor a, Tensor b, Tensor(a!)? out, Tensor(b!)? total) -> ()");
+  library.def(
+      "matmul(Tensor a, Tensor b, Tensor? residual, Tensor(a!)? out, Tensor(b!)? total) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llamapro_cpp, CPU, library) {

@@ -127,7 +127,7 @@ def _mlp_half(kept, w, settings):
 
 def _forward(x, w, settings, cache=None):
     kept = _mlp_half(_attention_half(x, w, settings, cache), w, settings)
-    return kept.h + linear(ops.swiglu(kept.gate_up), w.down_proj, w.down_proj_bias), kept
+    return linear(ops.swiglu(kept.gate_up), w.down_proj, w.down_proj_bias, kept.h), kept
 
 
 def _recompute(kept, w, settings):

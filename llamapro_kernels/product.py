@@ -33,13 +33,18 @@ EMULATED = {
 }
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., K) weight (N, K)^T + bias (N,) as (..., N), in their dtype."""
-    if _is_emulated(x, weight.T, bias):
-        return _by_fp32(x, weight.T, bias)
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x (..., K) weight (N, K)^T + bias (N,) + residual (..., N) as (..., N), in their dtype."""
     if bias is None and _is_tiled(x, weight.T):
-        return _by_tiles(x, weight.T)
-    return _linear(x, weight, bias)
+        return _by_tiles(x, weight.T, residual=residual)
+    emulated = _is_emulated(x, weight.T, bias)
+    y = _by_fp32(x, weight.T, bias) if emulated else _linear(x, weight, bias)
+    return y if residual is None else residual + y
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -67,7 +72,7 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         for rows, columns in itertools.product(_pieces(a.shape[0]), _pieces(b.shape[1])):
             _add_by_fp32(total[rows, columns], a[rows], b[:, columns])
     elif _is_tiled(a, b):
-        library.cpp.matmul(a, b, None, total)
+        library.cpp.matmul(a, b, None, None, total)
     else:
         total += a @ b
 
@@ -101,11 +106,12 @@ def _linear(x, weight, bias=None):
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _by_tiles(a, b, out=None):
-    """a b in bf16, summed in fp32 and rounded once."""
+def _by_tiles(a, b, out=None, residual=None):
+    """a b + residual in bf16, summed in fp32 and rounded once."""
     if out is None:
         out = a.new_empty((*a.shape[:-1], b.shape[1]))
-    library.cpp.matmul(a.flatten(0, -2), b, out.flatten(0, -2), None)
+    residual = None if residual is None else residual.flatten(0, -2)
+    library.cpp.matmul(a.flatten(0, -2), b, residual, out.flatten(0, -2), None)
     return out
 
 
@@ -152,4 +158,4 @@ if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear_flops)
 if hasattr(library.cpp, "matmul"):
     register_flop_formula(library.cpp.matmul)(_matmul_flops)
-    torch.library.register_fake("llamapro_cpp::matmul", lambda a, b, out, total: None)
+    torch.library.register_fake("llamapro_cpp::matmul", lambda a, b, residual, out, total: None)

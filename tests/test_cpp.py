@@ -114,8 +114,8 @@ def test_matmul_over_several_pieces(sizes, across_a, across_b, threads):
     wide, total = torch.full((m, n + 5), 7.0).bfloat16(), torch.ones(m, n)
     for count in (2, 5):
         threads(count)
-        library.cpp.matmul(a, b, wide[:, :n], None)
-        library.cpp.matmul(a, b, None, total)
+        library.cpp.matmul(a, b, None, wide[:, :n], None)
+        library.cpp.matmul(a, b, None, None, total)
     torch.testing.assert_close(wide[:, :n].double(), truth, rtol=2**-8, atol=1e-4)
     torch.testing.assert_close(total.double(), 1 + 2 * truth, rtol=1e-5, atol=1e-3)
     assert (wide[:, n:] == 7).all()
@@ -209,6 +209,6 @@ def test_messages_say_got_and_expected():
         library.cpp.swiglu_forward(torch.ones(1, 2, 4), torch.ones(2, 2))
     a = torch.ones(2, 4).bfloat16()
     with pytest.raises(RuntimeError, match="times bfloat16 as Float expected, got BFloat16"):
-        library.cpp.matmul(a, a.T, None, torch.ones(2, 2).bfloat16())
+        library.cpp.matmul(a, a.T, None, None, torch.ones(2, 2).bfloat16())
     with pytest.raises(RuntimeError, match=r"\(M, K\) times \(K, N\) expected"):
-        library.cpp.matmul(a, a, torch.ones(2, 4).bfloat16(), None)
+        library.cpp.matmul(a, a, None, torch.ones(2, 4).bfloat16(), None)

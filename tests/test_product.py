@@ -51,6 +51,8 @@ def test_values(rows, dtype):
     dy, bias = random(*rows, 37, dtype=dtype), random(37, dtype=dtype)
     check(linear(x, weight), x.double() @ weight.double().T)
     check(linear(x, weight, bias), x.double() @ weight.double().T + bias.double())
+    check(linear(x, weight, None, dy), x.double() @ weight.double().T + dy.double())
+    check(linear(x, weight, bias, dy), x.double() @ weight.double().T + bias.double() + dy.double())
     check(matmul(dy, weight), dy.double() @ weight.double())
 
 

@@ -6,8 +6,8 @@ PyTorch asks MKL in fp32 and oneDNN in 16 bits. Three rules differ from that, on
 - 16-bit operands are copied to fp32 where the CPU has no instruction that multiplies them, and the
   result is rounded once. Otherwise multiplications are emulated, at a fifth of the fp32 rate at
   best; the copies cost a tenth of the product.
-- bf16 operands on a CPU with AMX are multiplied by csrc/matmul.cpp: oneDNN's products take twice as
-  long for some shapes, and are as fast for others.
+- bf16 operands on a CPU with AMX are multiplied by csrc/matmul.cpp: oneDNN takes up to twice as
+  long for some shapes, and is up to a fifth faster for others.
 
 These functions have no derivative: they stand where a gradient is written out.
 """

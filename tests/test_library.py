@@ -93,6 +93,28 @@ def test_a_missing_backend_is_an_error_not_a_fallback(monkeypatch):
         lk.swiglu(torch.ones(2, 4))
 
 
+def test_the_best_build_is_the_one_whose_instructions_are_all_there(monkeypatch):
+    """AMX is only there when Linux lends it too."""
+    avx2 = {"avx2", "fma", "f16c", "bmi2", "movbe"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    amx = avx512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
+    monkeypatch.delenv("LLAMAPRO_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+
+    def best(words, granted=True):
+        monkeypatch.setattr(library, "cpu_words", lambda: words)
+        monkeypatch.setattr(library, "_tiles_are_granted", lambda: granted)
+        return library._runnable_builds()[0]
+
+    assert best(set()) == "baseline"
+    assert best(avx2) == "avx2"
+    assert best(avx512) == best(amx - {"avx512_bf16"}) == "avx512"
+    assert best(amx - {"amx_tile"}) == best(amx, granted=False) == "avx512_bf16"
+    assert best(amx) == "amx"
+    monkeypatch.setenv("LLAMAPRO_CPU_CAPABILITY", "avx2")
+    assert library._runnable_builds() == ["avx2"]
+
+
 def test_a_machine_without_compiled_ops_is_told_so_once():
     code = """
     import warnings, torch

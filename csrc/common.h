@@ -76,13 +76,18 @@ inline Float exp2(Float x) {
   return p * bit_cast<Float>(exponent);
 }
 
+#ifdef __AVX512BF16__
+// Compilers know no instruction that rounds to bf16: it is named.
+inline void round_vector(__m512 from, BFloat16* to) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(from);
+  std::memcpy(to, &rounded, sizeof(rounded));
+}
+#endif
+
 inline void round_row(const float* from, int64_t count, BFloat16* to) {
   int64_t start = 0;
-#ifdef __AVX512BF16__  // compilers know no instruction that rounds to bf16: it is named
-  for (; start + 16 <= count; start += 16) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + start));
-    std::memcpy(to + start, &rounded, sizeof(rounded));
-  }
+#ifdef __AVX512BF16__
+  for (; start + 16 <= count; start += 16) round_vector(_mm512_loadu_ps(from + start), to + start);
 #endif
   for (int64_t i = start; i < count; ++i) to[i] = from[i];
 }

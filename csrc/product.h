@@ -11,10 +11,6 @@
 
 #include "common.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace llamapro {
 namespace {
 
@@ -95,8 +91,7 @@ struct Pair {
     return _mm512_dpbf16_ps(sum, (__m512bh)both, (__m512bh)b);
   }
   static void store_row(float* to, int64_t at, Vec value) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(value);
-    std::memcpy(reinterpret_cast<BFloat16*>(to) + at, &rounded, sizeof(rounded));
+    round_vector((__m512)value, reinterpret_cast<BFloat16*>(to) + at);
   }
   static void store_pair(float* to, Vec first, Vec second) {
     alignas(64) static constexpr uint16_t zip[32] = {

@@ -171,7 +171,7 @@ def _runnable_builds() -> list[str]:
         if name == "amx" and not _tiles_are_granted():
             break
         runnable.insert(0, name)
-    asked = os.environ.get("LLAMAPRO_CPU_CAPABILITY")
+    asked = os.environ.get("LLAMAPRO_CPU_CAPABILITY")  # after Linux was asked for the tiles
     return [asked] if asked else runnable
 
 

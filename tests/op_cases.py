@@ -115,7 +115,7 @@ def plain_attention(q, k, v, *, causal=True, window=None, cu_seqlens=None, scale
     if window:
         seen &= query - key < window
     if cu_seqlens is not None:
-        ends = cu_seqlens[1:, None]
+        ends = cu_seqlens[1:, None].cpu()
         document = (torch.arange(s) >= ends).sum(0)
         seen &= document[:, None] == document
     seen = seen.to(q.device)

@@ -76,13 +76,14 @@ class Recorder:
 
 # What backward launches for each set of wanted inputs, and the memory it asks for: as much as these
 # inputs have, "lse" for a number a row, "logits" and "gate_up" for these intermediates.
+DWEIGHT = ["rms_norm_backward", "sum_of_rows"]
 BACKWARD = {
     ("rms_norm", "x"): (["rms_norm_backward"], ["x"]),
-    ("rms_norm", "weight"): (["rms_norm_backward"], ["weight", "weight"]),  # partial sums, sum
-    ("rms_norm", "x weight"): (["rms_norm_backward"], ["x", "weight", "weight"]),
+    ("rms_norm", "weight"): (DWEIGHT, ["weight", "weight"]),  # partial sums, sum
+    ("rms_norm", "x weight"): (DWEIGHT, ["x", "weight", "weight"]),
     ("add_rms_norm", "residual"): (["rms_norm_backward"], ["x"]),
     ("add_rms_norm", "x residual"): (["rms_norm_backward"], ["x"]),
-    ("add_rms_norm", "weight"): (["rms_norm_backward"], ["weight", "weight"]),
+    ("add_rms_norm", "weight"): (DWEIGHT, ["weight", "weight"]),
     ("rope", "q"): (["rope"], ["q"]),
     ("rope", "k"): (["rope"], ["k"]),
     ("rope", "q k"): (["rope"], ["q", "k"]),
@@ -235,20 +236,34 @@ def test_attention_in_the_tiles_of_gpus(gpu, mask, monkeypatch):
     check_attention(gpu, (1, 200, 200), dict(MASKS[mask]), monkeypatch)
 
 
-@pytest.mark.parametrize("queries, keys", [(128, 256), (256, 128)])
+@pytest.mark.parametrize("queries, keys", [(128, 256), (70, 200), (201, 129)])
 def test_attention_by_descriptors_in_a_batch(queries, keys, monkeypatch):
-    """Whole tiles, so that those of one batch do not reach into the next; and S != T."""
+    """No tile reaches into the next sequence of the batch; and S != T."""
     check_attention("sm_90", (2, queries, keys), {}, monkeypatch)
 
 
-@pytest.mark.parametrize("dim", [80, 136, 256])
+@pytest.mark.parametrize("dim", [20, 80, 136, 256])
 @pytest.mark.parametrize("gpu", ["sm_86", "sm_90"])
-def test_attention_with_wide_heads(gpu, dim, monkeypatch):
+def test_attention_with_other_heads(gpu, dim, monkeypatch):
     """Padded to the next power of two; beyond 128 dk and dv are launched apart."""
     check_attention(gpu, (1, 70, 70), {}, monkeypatch, dim)
 
 
-def check_attention(gpu, sizes, options, monkeypatch, dim=64):
+def test_attention_by_descriptors_of_any_order(monkeypatch):
+    """Heads before positions in memory, as PyTorch's attention has them, and a part of a row."""
+    check_attention("sm_90", (2, 70, 70), {}, monkeypatch, arrange=heads_first)
+    check_attention("sm_90", (2, 70, 70), {}, monkeypatch, arrange=within_a_row)
+
+
+def heads_first(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def within_a_row(x):
+    return torch.cat((x, x), 2)[:, :, : x.shape[2]]
+
+
+def check_attention(gpu, sizes, options, monkeypatch, dim=64, arrange=lambda x: x):
     if gpu == "sm_90" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no tensor descriptors")
     monkeypatch.setattr(library, "architecture", lambda device: gpu)
@@ -260,7 +275,7 @@ def check_attention(gpu, sizes, options, monkeypatch, dim=64):
     inputs = [torch.randn(shape).half() for shape in (*shapes, shapes[0])]
 
     def run(function, dtype, device):
-        *leaves, do = (x.to(device, dtype) for x in inputs)
+        *leaves, do = (arrange(x.to(device, dtype)) for x in inputs)
         leaves = [x.requires_grad_() for x in leaves]
         cuts = {"cu_seqlens": documents.to(device)} if documents is not None else {}
         o = function(*leaves, **options, **cuts)
@@ -268,7 +283,7 @@ def check_attention(gpu, sizes, options, monkeypatch, dim=64):
 
     with lk.use_backend("triton"), Recorder("flash_attention") as seen:
         results = run(lk.flash_attention, torch.float16, DEVICE)
-    assert seen.descriptors == (gpu == "sm_90" and dim in (64, 256))
+    assert seen.descriptors == (gpu == "sm_90" and dim % 8 == 0)
     peer, truth = (run(plain_attention, dtype, "cpu") for dtype in (torch.float16, torch.float64))
     for ours, plain, true in zip(results, peer, truth, strict=True):
         stored = torch.finfo(torch.float16).eps / 2 * true.abs().max()

@@ -99,8 +99,10 @@ def first_line(*command) -> str | None:
 def op_tests(run, paths):
     """The op tests in a process of their own, beside what the block does, and ended with it."""
     log = run.path.with_suffix(".tests.txt")
-    workers = ["-n", "8"] if run.device.name == "cuda" and importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-v", "-rN", "-p", "no:cacheprovider", *workers]
+    parallel = run.device.name == "cuda" and importlib.util.find_spec("xdist")
+    workers = ["-n", str(max(1, os.cpu_count() - 2))] if parallel else []
+    options = ["-v", "-rN", "-p", "no:cacheprovider", "-k", "not reference", *workers]
+    command = [sys.executable, "-m", "pytest", *options]
     with (
         log.open("w") as text,
         subprocess.Popen(

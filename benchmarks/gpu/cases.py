@@ -50,7 +50,7 @@ GPU = Scale(
     copy_bytes=2**31,
     matmul=8192,
     seconds=1.0,
-    test_seconds=150,
+    test_seconds=120,
     compiler="inductor",
 )
 

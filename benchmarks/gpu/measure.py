@@ -153,7 +153,9 @@ def draw(case, device, dtype, function):
 
 
 def random_like(outputs):
-    return [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
+    """Contiguous, as a model's products give them, whatever order the formula has."""
+    like = {"memory_format": torch.contiguous_format}
+    return [torch.randn_like(o, **like) if o.dim() else torch.ones_like(o) for o in outputs]
 
 
 def evaluate(function, inputs, upstream, wanted, group=1) -> dict[str, torch.Tensor]:

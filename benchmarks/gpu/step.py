@@ -12,8 +12,11 @@ product in the same process.
 
 import argparse
 import datetime
+import importlib.util
+import itertools
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -50,8 +53,20 @@ MODELS = [
     ("Llama-3-8B + 8", LLAMA3_8B, 8, "interleaved", 1),
     ("Llama-3.2-1B", LLAMA32_1B, 0, "all", 2),
 ]
-SIDES = ("ours", "composition", "transformers", "transformers checkpointing")
+LIGER = ("transformers Liger checkpointing", "transformers Liger")
+SIDES = (
+    *("ours", "transformers checkpointing", "transformers"),
+    *(LIGER if importlib.util.find_spec("liger_kernel") else ()),
+    "composition",
+)
 STEPS = 6  # of which the first two warm up
+KERNELS = {  # parts of the names of what runs on the GPU in our step
+    "matrix products": ("nvjet", "gemm", "cutlass", "xmma"),
+    "attention": ("attention_",),
+    "norms, SwiGLU, RoPE": ("rms_norm", "sum_of_rows", "swiglu", "rope"),
+    "loss": ("cross_entropy", "dlogits"),
+    "optimizer": ("multi_tensor",),
+}
 
 
 def configuration(shape, new_blocks, placement):
@@ -91,16 +106,20 @@ def our_model(config, save, device):
     return model, model.blocks, lambda tokens, targets: model.loss(tokens, targets)
 
 
-def their_model(config, checkpointing, device):
+def their_model(config, side, device):
     from transformers import AutoModelForCausalLM
     from transformers import LlamaConfig as TheirConfig
 
+    if "Liger" in side:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
             TheirConfig(**config.to_dict()), dtype=torch.bfloat16
         )
     model.train()
-    if checkpointing:
+    if "checkpointing" in side:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def loss(tokens, targets):
@@ -124,31 +143,59 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
     if side in ("ours", "composition"):
         model, blocks, loss_of = our_model(config, save, device)
     else:
-        model, blocks, loss_of = their_model(config, side.endswith("checkpointing"), device)
+        model, blocks, loss_of = their_model(config, side, device)
     model.requires_grad_(trainable is None)
     for i in work.trained:
         blocks[i].requires_grad_(True)
     optimizer = Optimizer(model, clip=1.0, weight_decay=0.1, betas=(0.9, 0.95))
     rows = torch.randint(config.vocab_size, (batch, length + 1), device=device)
-    seconds = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
+
+    def step():
         loss = loss_of(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         loss.backward()
         optimizer.clip_and_check(loss, 1)  # waits for the device
         optimizer.step(1e-5)
+        return loss
+
+    seconds = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        loss = step()
         seconds.append(time.perf_counter() - start)
-    step = sorted(seconds[2:])[len(seconds[2:]) // 2]
+    median = statistics.median(seconds[2:])
     rate = matmul_rate(torch.device(device), torch.bfloat16, 8192 if device == "cuda" else 512)
     return {
-        "tokens/s": round(batch * length / step, 1),
-        "share of the roof": round(sum(flops(work).values()) / step / rate, 3),
+        "tokens/s": round(batch * length / median, 1),
+        "share of the roof": round(sum(flops(work).values()) / median / rate, 3),
         "roof TFLOP/s": round(rate / 1e12, 2),
         "peak GB": round(peak_memory(torch.device(device)) / 1e9, 2),
         "planned GB": round(memory(work, save)["total"] / 1e9, 2),
         "save": {kind: save.count(kind) for kind in sorted(set(save))},
         "loss": round(loss.item(), 3),
+        "step ms": round(1e3 * median, 1),
+        **({"GPU ms": where_time_goes(step)} if (device, side) == ("cuda", "ours") else {}),
     }
+
+
+def where_time_goes(step):
+    """ms on the GPU by kind of kernel, over one more step."""
+    with torch.profiler.profile() as profile:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spent = dict.fromkeys((*KERNELS, "other"), 0.0)
+    for event in events:
+        kinds = (kind for kind, parts in KERNELS.items() if any(p in event.key for p in parts))
+        spent[next(kinds, "other")] += event.self_device_time_total / 1e3
+    return {kind: round(ms, 1) for kind, ms in spent.items()}
+
+
+def in_order():
+    """The first model on every side, then ours and the peers in turn of all others."""
+    first, *others = MODELS
+    yield from itertools.product((first,), SIDES)
+    for side in SIDES:
+        yield from itertools.product(others, (side,))
 
 
 def row_in_a_process(arguments):
@@ -178,17 +225,16 @@ def main():
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = options.out / f"step-{slug}-{datetime.date.today()}.json"
     began = time.monotonic()
-    for model, shape, new_blocks, placement, batch in MODELS:
-        for side in SIDES:
-            if time.monotonic() - began > 60 * options.minutes:
-                continue
-            small = (TINY, min(new_blocks, 2), placement, 2, 64)
-            sizes = small if options.tiny else (shape, new_blocks, placement, batch, 4096)
-            row = {"model": model, "placement": placement, "batch": sizes[3], "side": side}
-            row |= row_in_a_process((side, *sizes, device))
-            report["rows"].append(row)
-            write_json(path, report)
-            print(row, flush=True)
+    for (model, shape, new_blocks, placement, batch), side in in_order():
+        if time.monotonic() - began > 60 * options.minutes:
+            break
+        small = (TINY, min(new_blocks, 2), placement, 2, 64)
+        sizes = small if options.tiny else (shape, new_blocks, placement, batch, 4096)
+        row = {"model": model, "placement": placement, "batch": sizes[3], "side": side}
+        row |= row_in_a_process((side, *sizes, device))
+        report["rows"].append(row)
+        write_json(path, report)
+        print(row, flush=True)
     print(path)
 
 

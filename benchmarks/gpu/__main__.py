@@ -11,7 +11,6 @@ files are replaced whole after every row, so a run that is cut off keeps what it
 
 import argparse
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -71,16 +70,12 @@ class Run:
 
 def about(device, commit) -> dict:
     """Device, versions, commit and date: what a figure must come with."""
-    versions = {
-        package: attempt(importlib.metadata.version, package)[0] or "not installed"
-        for package in ("triton", "liger-kernel", "llamapro-kernels")
-    }
     return {
         "device": device.label(),
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **versions,
+        **measure.installed("triton", "liger-kernel", "llamapro-kernels"),
         "commit": first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty") or commit,
         "date": datetime.date.today().isoformat(),
         "backends": lk.backends(device.name),

@@ -1,5 +1,6 @@
 """How `benchmarks.gpu` checks and times one case, on a GPU or, for tests, on a CPU."""
 
+import importlib.metadata
 import math
 import statistics
 import time
@@ -252,6 +253,11 @@ def attempt(function, *args):
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         return None, f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def installed(*packages) -> dict[str, str]:
+    """The versions that a figure must come with."""
+    return {p: attempt(importlib.metadata.version, p)[0] or "not installed" for p in packages}
 
 
 def more_sets(case, device, dtype, inputs, upstream):

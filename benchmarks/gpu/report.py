@@ -128,4 +128,4 @@ def table(names):
 
 
 def cells(*values):
-    return f"| {' | '.join(values)} |"
+    return f"| {' | '.join(map(str, values))} |"

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.step --out DIR           # writes DIR/step-<device>-<date>.json
     python -m benchmarks.gpu.step --out DIR --tiny    # the same on small models, on a CPU too
+    python -m benchmarks.gpu.step --table FILE.json   # prints the Markdown of such a file
 
 From the repository's root, with it and `python/` on the path. Every row is a process of its own, so
 that one which runs out of memory says so and the others go on; the file is written anew after each.
@@ -32,6 +33,8 @@ from llamapro.planner import USABLE, Workload, choose_save, flops, memory, slots
 from llamapro.storage import write_json
 
 import llamapro_kernels as lk
+from benchmarks.gpu.measure import installed
+from benchmarks.gpu.report import cells, table
 
 LLAMA2_7B = {"num_hidden_layers": 32}
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 5e5}
@@ -164,17 +167,20 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[2:])
     rate = matmul_rate(torch.device(device), torch.bfloat16, 8192 if device == "cuda" else 512)
-    return {
+    row = {
         "tokens/s": round(batch * length / median, 1),
         "share of the roof": round(sum(flops(work).values()) / median / rate, 3),
         "roof TFLOP/s": round(rate / 1e12, 2),
         "peak GB": round(peak_memory(torch.device(device)) / 1e9, 2),
-        "planned GB": round(memory(work, save)["total"] / 1e9, 2),
-        "save": {kind: save.count(kind) for kind in sorted(set(save))},
         "loss": round(loss.item(), 3),
         "step ms": round(1e3 * median, 1),
-        **({"GPU ms": where_time_goes(step)} if (device, side) == ("cuda", "ours") else {}),
     }
+    if side == "ours":
+        row["planned GB"] = round(memory(work, save)["total"] / 1e9, 2)
+        row["save"] = {kind: save.count(kind) for kind in sorted(set(save))}
+        if device == "cuda":
+            row["GPU ms"] = where_time_goes(step)
+    return row
 
 
 def where_time_goes(step):
@@ -206,13 +212,28 @@ def row_in_a_process(arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def markdown(report):
+    """The rows as a table; those that failed say why."""
+    names = ("tokens/s", "share of the roof", "peak GB")
+    lines = table(("model", "new blocks", "batch", "side", *names))
+    for row in report["rows"]:
+        results = (row["failed"], "", "") if "failed" in row else [row[name] for name in names]
+        about = (row["model"], row["placement"], f"{row['batch']} x 4096", row["side"])
+        lines.append(cells(*about, *results))
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="small models, to try the command")
     parser.add_argument("--minutes", type=float, default=9, help="no row starts after these")
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path, metavar="FILE.json", help="print its Markdown")
     options = parser.parse_args()
+    if options.table:
+        print(markdown(json.loads(options.table.read_text())))
+        return
     if options.row:
         keep_freed_memory()
         print(json.dumps(measure(*json.loads(options.row))))
@@ -220,7 +241,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    report = {"device": name, "torch": torch.__version__, "commit": commit.strip(), "rows": []}
+    packages = ("triton", "transformers", "liger-kernel")
+    report = {"device": name, "torch": torch.__version__, "commit": commit.strip()}
+    report |= installed(*packages) | {"rows": []}
     options.out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = options.out / f"step-{slug}-{datetime.date.today()}.json"

@@ -92,6 +92,27 @@ inline void round_row(const float* from, int64_t count, BFloat16* to) {
   for (int64_t i = start; i < count; ++i) to[i] = from[i];
 }
 
+// The same around the cache, for results that are too many to be found there again: a store into
+// the cache reads first what it replaces. Followed by `finish_streams`.
+inline void stream_row(const float* from, int64_t count, BFloat16* to) {
+  int64_t start = 0;
+#ifdef __AVX512BF16__
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    for (; start + 32 <= count; start += 32) {
+      const __m512 low = _mm512_loadu_ps(from + start), high = _mm512_loadu_ps(from + start + 16);
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + start), (__m512i)rounded);
+    }
+#endif
+  round_row(from + start, count - start, to + start);
+}
+
+inline void finish_streams() {
+#ifdef __AVX512BF16__
+  _mm_sfence();
+#endif
+}
+
 // to[i] = function(i), rounded.
 template <class T, class Function>
 inline void fill_row(T* to, int64_t count, const Function& function) {

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t WIDE = 320, DEEP = 1024;  // of B, at most so much is packed at a time
 constexpr int64_t PACKED = 1 << 22;  // numbers of A, likewise
 constexpr int64_t STRIP = 32;  // rows that are multiplied at a time
+constexpr int64_t CACHED = 1 << 19;  // of the result, more are not found in a cache again
 
 using Element = ElementOf<BFloat16>::type;
 using Matrix = Rows<BFloat16>;
@@ -120,6 +121,7 @@ void multiply_packed(const PackedRows& a, int64_t rows, const Matrix& b, const P
           if (k + depth == b.count) put(sums, row, count, column, columns);
         }
       }
+      finish_streams();
     };
   });
 }
@@ -148,6 +150,7 @@ void matmul(
   if (right.width == 0) return;
   const auto more = rows_of<BFloat16>(residual), outs = rows_of<BFloat16>(out);
   const auto totals = rows_of<float>(total);
+  const auto store_row = left.count * right.width > CACHED ? stream_row : round_row;
   const int64_t tall =
       std::max<int64_t>(256, PACKED / std::max<int64_t>(1, left.width) / STRIP * STRIP);
   for (int64_t start = 0; start < left.count; start += tall) {
@@ -160,7 +163,7 @@ void matmul(
             float* sum = sums.row(i);
             const int64_t at = start + row + i;
             if (more) add_row((*more)[at] + column, columns, sum);
-            if (outs) round_row(sum, columns, (*outs)[at] + column);
+            if (outs) store_row(sum, columns, (*outs)[at] + column);
             if (totals) add_row(sum, columns, (*totals)[at] + column);
           }
         });

@@ -104,9 +104,14 @@ def test_attention_over_several_blocks(mask, sizes, dim, dtype):
 
 @pytest.mark.parametrize("across_b", [False, True])
 @pytest.mark.parametrize("across_a", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (33, 97, 70), (64, 1100, 300), (600, 32, 17)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (33, 97, 70), (64, 1100, 300), (600, 32, 17), (1030, 33, 530)]
+)
 def test_matmul_over_several_pieces(sizes, across_a, across_b, threads):
-    """Rows or columns of a and b are neighbours; a residual is added, or a total in fp32."""
+    """Rows or columns of a and b are neighbours; a residual is added, or a total in fp32.
+
+    The last result is stored around the cache: that takes rows that start where cache lines do.
+    """
     m, k, n = sizes
     a = torch.randn(k, m + 3).bfloat16()[:, :m].T if across_a else torch.randn(m, k).bfloat16()
     b = torch.randn(n, k + 1).bfloat16()[:, :k].T if across_b else torch.randn(k, n).bfloat16()
@@ -114,7 +119,7 @@ def test_matmul_over_several_pieces(sizes, across_a, across_b, threads):
     residual = torch.randn(m, n).bfloat16()
     for count in (2, 5):
         threads(count)
-        wide, total = torch.full((m, n + 5), 7.0).bfloat16(), torch.ones(m, n)
+        wide, total = torch.full((m, n // 32 * 32 + 32), 7.0).bfloat16(), torch.ones(m, n)
         library.cpp.matmul(a, b, residual, wide[:, :n], None)
         library.cpp.matmul(a, b, None, None, total)
         once = {"rtol": 2**-8, "atol": 1e-4}  # half a unit of bf16, and the sums in fp32

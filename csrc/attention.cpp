@@ -280,8 +280,8 @@ class Backward {
 
   // dq: (query blocks, padded D, QUERIES) for each head of the group, this part's share.
   void keys(
-      int64_t batch, int64_t kv_head, int64_t begin, int64_t end, const Tensor& dk,
-      const Tensor& dv, float* dq) {
+      int64_t batch, int64_t kv_head, int64_t begin, int64_t end, const std::optional<Tensor>& dk,
+      const std::optional<Tensor>& dv, float* dq) {
     const int64_t group = saved_.q.size(2) / saved_.k.size(2);
     const int64_t sums = (end - begin) * packer_.padded();
     if (want_k_) std::fill_n(static_cast<float*>(dk_), sums, 0.0f);
@@ -298,8 +298,8 @@ class Backward {
           attend(query, key, count, dk_ + row, dv_ + row, dq + member * head_size);
       }
     }
-    if (want_k_) put(dk_, options_.scale, {dk, batch, kv_head}, begin, end);
-    if (want_v_) put(dv_, 1, {dv, batch, kv_head}, begin, end);
+    if (want_k_) put(dk_, options_.scale, {*dk, batch, kv_head}, begin, end);
+    if (want_v_) put(dv_, 1, {*dv, batch, kv_head}, begin, end);
   }
 
  private:
@@ -437,9 +437,10 @@ void put_queries(
 
 template <class T>
 void backward(
-    const Saved& saved, const Options& options, const Tensor& dq, const Tensor& dk,
-    const Tensor& dv, bool want_q, bool want_k, bool want_v) {
+    const Saved& saved, const Options& options, const std::optional<Tensor>& dq,
+    const std::optional<Tensor>& dk, const std::optional<Tensor>& dv) {
   const Tensor& q = saved.q;
+  const bool want_q = dq.has_value(), want_k = dk.has_value(), want_v = dv.has_value();
   const int64_t queries = q.size(1), keys = saved.k.size(1), heads = q.size(2);
   const int64_t kv_heads = saved.k.size(2), pairs = q.size(0) * kv_heads;
   const int64_t group = heads / std::max<int64_t>(1, kv_heads);
@@ -467,7 +468,7 @@ void backward(
       const int64_t head = i / query_blocks, first = i % query_blocks * QUERIES;
       const float* sums = dq_parts + head * head_size + first * padded;
       put_queries<T>(
-          sums, parts, part_size, options.scale, {dq, head / heads, head % heads}, first);
+          sums, parts, part_size, options.scale, {*dq, head / heads, head % heads}, first);
     }
   };
   torch::stable::parallel_for(0, q.size(0) * heads * query_blocks, 1, put);
@@ -483,18 +484,19 @@ void flash_attention_forward(
   dispatch(q, [&](auto zero) { forward<decltype(zero)>(q, k, v, options, o, lse); });
 }
 
-// grad: like o; v and o are there where dq or dk is wanted; dq, dk, dv: contiguous, where wanted.
+// grad: like o; v and o are there where dq or dk is wanted; dq, dk, dv: where they are wanted, each
+// with the numbers of a head as neighbours.
 void flash_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
     const std::optional<Tensor>& o, const Tensor& lse, const std::optional<Tensor>& cu_seqlens,
-    bool causal, double scale, std::optional<int64_t> window, const Tensor& dq, const Tensor& dk,
-    const Tensor& dv, bool want_q, bool want_k, bool want_v) {
+    bool causal, double scale, std::optional<int64_t> window, const std::optional<Tensor>& dq,
+    const std::optional<Tensor>& dk, const std::optional<Tensor>& dv) {
   const Options options{
       static_cast<float>(scale), {q.size(1), k.size(1), cu_seqlens, causal, window}};
   if (k.numel() == 0 && q.numel() == 0) return;
   dispatch(q, [&](auto zero) {
     const Saved saved{grad, q, k, v, o, lse};
-    backward<decltype(zero)>(saved, options, dq, dk, dv, want_q, want_k, want_v);
+    backward<decltype(zero)>(saved, options, dq, dk, dv);
   });
 }
 
@@ -506,8 +508,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamapro_cpp, library) {
       " float scale, int? window, Tensor(a!) o, Tensor(b!) lse) -> ()");
   library.def(
       "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor? o, Tensor lse,"
-      " Tensor? cu_seqlens, bool causal, float scale, int? window, Tensor(a!) dq, Tensor(b!) dk,"
-      " Tensor(c!) dv, bool want_q, bool want_k, bool want_v) -> ()");
+      " Tensor? cu_seqlens, bool causal, float scale, int? window, Tensor(a!)? dq,"
+      " Tensor(b!)? dk, Tensor(c!)? dv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llamapro_cpp, CPU, library) {

@@ -7,7 +7,8 @@ q is (B, T, H, D), k and v (B, S, Hkv, D), H a multiple of Hkv (query head h rea
 h // (H / Hkv)); o is (B, T, H, D) in q's dtype, lse (B, H, T) in fp32 (fp64 for fp64), as are the
 sums. When S != T the last query sees the last key. A row that sees nothing gives zeros.
 Saved for backward: q, k and lse, and v and o where dq or dk is wanted; nothing when nothing wants
-a gradient. Bytes moved at least:
+a gradient. `llamapro::flash_attention_backward_packed` gives dq, dk and dv side by side,
+(B, T, H + 2 Hkv, D), as the gradient of the projection that they come from. Bytes moved at least:
 q, k, v, o once each; 4 B H T S D FLOPs forward (half when causal), 2.5 times that backward.
 
 The reference below holds a (T, S) block of scores per head; the kernels, in
@@ -15,6 +16,8 @@ The reference below holds a (T, S) block of scores per head; the kernels, in
 
 Source: Dao 2023, "FlashAttention-2".
 """
+
+from functools import partial
 
 import torch
 
@@ -53,6 +56,10 @@ def flash_attention_backward_reference(
         if want_k:
             dk = (ds.mT @ qg).transpose(1, 2).to(k.dtype)
     return dq, dk, dv
+
+
+def flash_attention_backward_packed_reference(*saved):
+    return torch.cat(flash_attention_backward_reference(*saved, True, True, True), 2)
 
 
 def _query_groups(q, k):
@@ -106,6 +113,10 @@ def _fake_backward(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_
     return tuple(library.empty_if(w, t) for w, t in ((want_q, q), (want_k, k), (want_v, k)))
 
 
+def _fake_backward_packed(do, q, k, v, o, lse, cu_seqlens, causal, scale, window):
+    return q.new_empty((*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]))
+
+
 def flash_attention_forward_cpp(q, k, v, cu_seqlens, causal, scale, window):
     o, lse = _fake(q, k, v, cu_seqlens, causal, scale, window)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -113,16 +124,34 @@ def flash_attention_forward_cpp(q, k, v, cu_seqlens, causal, scale, window):
     return o, lse
 
 
-def flash_attention_backward_cpp(
-    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v
-):
-    wanted = want_q, want_k, want_v
-    grads = tuple(library.empty_if(w, t) for w, t in zip(wanted, (q, k, k), strict=True))
+def _differentiate_cpp(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, dq, dk, dv):
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     library.cpp.flash_attention_backward(
-        do, q, k, v, o, lse, cu_seqlens, causal, scale, window, *grads, *wanted
+        do, q, k, v, o, lse, cu_seqlens, causal, scale, window, dq, dk, dv
     )
+
+
+# What the two backends have in common: differentiate(..., dq, dk, dv) writes the gradients that are
+# not None, of any strides.
+
+
+def flash_attention_backward(
+    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v, *, differentiate
+):
+    saved = do, q, k, v, o, lse, cu_seqlens, causal, scale, window
+    wanted = want_q, want_k, want_v
+    grads = _fake_backward(*saved, *wanted)
+    differentiate(*saved, *(g if w else None for g, w in zip(grads, wanted, strict=True)))
     return grads
+
+
+def flash_attention_backward_packed(
+    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, *, differentiate
+):
+    saved = do, q, k, v, o, lse, cu_seqlens, causal, scale, window
+    dqkv = _fake_backward_packed(*saved)
+    differentiate(*saved, *dqkv.split((q.shape[2], k.shape[2], k.shape[2]), 2))
+    return dqkv
 
 
 def visible_pairs(queries: int, keys: int, causal: bool = True, window: int | None = None) -> int:
@@ -142,22 +171,9 @@ def _flops(q, k, v, cu_seqlens, causal, scale, window, *, out_shape=None):
 
 
 def _flops_backward(
-    do,
-    q,
-    k,
-    v,
-    o,
-    lse,
-    cu_seqlens,
-    causal,
-    scale,
-    window,
-    want_q,
-    want_k,
-    want_v,
-    *,
-    out_shape=None,
-):
+    do, q, k, v, o, lse, cu_seqlens, causal, scale, window,
+    want_q=True, want_k=True, want_v=True, *, out_shape=None,
+):  # fmt: skip
     products = 1 + (want_q or want_k) + want_q + want_k + want_v
     return _flops(q, k, None, None, causal, scale, window) // 2 * products
 
@@ -169,20 +185,35 @@ flash_attention_op = library.define(
     backward="(Tensor do, Tensor q, Tensor k, Tensor? v, Tensor? o, Tensor lse,"
     " Tensor? cu_seqlens, bool causal, float scale, int? window,"
     " bool want_q, bool want_k, bool want_v) -> (Tensor dq, Tensor dk, Tensor dv)",
-    fakes={"forward": _fake, "backward": _fake_backward},
-    flops={"forward": _flops, "backward": _flops_backward},
+    backward_packed="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
+    " Tensor? cu_seqlens, bool causal, float scale, int? window) -> Tensor dqkv",
+    fakes={
+        "forward": _fake,
+        "backward": _fake_backward,
+        "backward_packed": _fake_backward_packed,
+    },
+    flops={
+        "forward": _flops,
+        "backward": _flops_backward,
+        "backward_packed": _flops_backward,
+    },
 )
 flash_attention_op.register(
-    "reference", forward=flash_attention_reference, backward=flash_attention_backward_reference
+    "reference",
+    forward=flash_attention_reference,
+    backward=flash_attention_backward_reference,
+    backward_packed=flash_attention_backward_packed_reference,
 )
-flash_attention_op.register(
-    "triton",
-    forward=attention_triton.flash_attention_forward,
-    backward=attention_triton.flash_attention_backward,
-)
-flash_attention_op.register(
-    "cpp", forward=flash_attention_forward_cpp, backward=flash_attention_backward_cpp
-)
+for _backend, _forward, _differentiate in (
+    ("triton", attention_triton.flash_attention_forward, attention_triton.differentiate),
+    ("cpp", flash_attention_forward_cpp, _differentiate_cpp),
+):
+    flash_attention_op.register(
+        _backend,
+        forward=_forward,
+        backward=partial(flash_attention_backward, differentiate=_differentiate),
+        backward_packed=partial(flash_attention_backward_packed, differentiate=_differentiate),
+    )
 
 
 def _setup_context(ctx, inputs, output):

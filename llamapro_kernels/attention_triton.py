@@ -16,6 +16,7 @@ from llamapro_kernels.library import TensorDescriptor, tl, triton
 
 LOG2E = 1.4426950408889634  # the softmax is taken in base 2, for which GPUs have an instruction
 CACHE = 2**24  # bytes of the L2 that tiles which all programs of some heads read may take
+PROGRAMS = 4  # a processor, at least, before those of the next heads start
 # (BLOCK_Q, BLOCK_K, warps, stages) by kernel and padded head dimension: where nothing else is said,
 # the largest that leave no register spilled. Where tensor descriptors cannot be used, newer GPUs
 # take the tiles of sm_86.
@@ -32,7 +33,7 @@ TILES = {
     },
     "sm_90": {  # the fastest of those measured on an H200; two programs a processor up to D = 128
         "forward": {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
-        "dq": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        "dq": {64: (64, 64, 4, 2), 128: (64, 64, 4, 3), 256: (128, 32, 8, 2)},
         "dkv": {64: (128, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
     },
     "sm_100": {
@@ -56,6 +57,9 @@ TILES = {
         "dkv": {64: (16, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     },
 }
+# Where the first product's left factor, which stays the same, is held in registers: shared memory
+# has room for a stage more then, and is read half as much.
+HELD_IN_REGISTERS = {("sm_90", "dq", 128), ("sm_90", "dkv", 256)}
 
 
 @library.jit
@@ -149,7 +153,7 @@ def attention_dq_kernel(
     do_strides, q_strides, k_strides, v_strides, dq_strides,
     queries, keys, heads, group, together, scale, window,
     CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_Q queries of one head: a sum over the keys they see."""
     first, head, batch = _own_tile(queries, heads, together, True, BLOCK_Q)
@@ -160,8 +164,11 @@ def attention_dq_kernel(
         _seen_keys(first + BLOCK_Q - 1, queries, keys, window, starts, ends, CAUSAL),
         BLOCK_K,
     )
+    q_tile = _tile((q, q_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, TMA)
+    if HELD:
+        q_tile = _in_registers(q_tile, row, queries)
     own = (
-        _tile((q, q_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, TMA),
+        q_tile,
         _tile((do, do_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, TMA),
         _saved_lse(_row_of_head(lse, batch, head, heads, queries), row, queries),
         _saved_delta(_row_of_head(delta, batch, head, heads, queries), row, queries),
@@ -208,7 +215,7 @@ def attention_dkv_kernel(
     queries, keys, heads, group, together, scale, window,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_K keys of one key head: sums over its query heads and their queries."""
     first, head, batch = _own_tile(keys, heads // group, together, False, BLOCK_K)
@@ -227,6 +234,8 @@ def attention_dkv_kernel(
     v_tile = k_tile
     if WANT_K:
         v_tile = _tile((v, v_strides, batch, head, keys), first, HEAD_DIM, DIM, BLOCK_K, TMA)
+    if HELD:
+        k_tile = _in_registers(k_tile, column, keys)
     own = (k_tile, v_tile, low, high)
     acc = (tl.zeros([BLOCK_K, DIM], tl.float32), tl.zeros([BLOCK_K, DIM], tl.float32))
     for query_head in range(head * group, head * group + group):
@@ -361,6 +370,12 @@ def _tile(
 
 
 @library.jit
+def _in_registers(tile, row, length):
+    """A tile that compilers keep in registers: a mask, which changes nothing, goes through them."""
+    return tl.where((row < length)[:, None], tile, 0)
+
+
+@library.jit
 def _store_tile(target, start, tile, HEAD_DIM: tl.constexpr):
     pointers, mask = _tile_pointers(target, start, HEAD_DIM, tile.shape[1], tile.shape[0])
     tl.store(pointers, tile, mask=mask)
@@ -404,7 +419,7 @@ def flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window):
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
         *(o, lse, *_document_bounds(cu_seqlens, q.shape[1])),
         *(q.stride(), k.stride(), v.stride(), o.stride()),
-        *_sizes(q, k, _heads_together(k, 1) * (q.shape[2] // k.shape[2]), scale, window),
+        *_sizes(q, k, _heads_together(q, k, tile["BLOCK_Q"]), scale, window),
         CAUSAL=causal,
         TMA=tma,
         HEAD_DIM=q.shape[3],
@@ -413,23 +428,18 @@ def flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window):
     return o, lse
 
 
-def flash_attention_backward(
-    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v
-):
-    wanted = ((want_q, q), (want_k, k), (want_v, k))
-    grads = tuple(library.empty_if(want, like) for want, like in wanted)
-    delta = _delta(do, o) if want_q or want_k else None
+def differentiate(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, dq, dk, dv):
+    """Into dq, dk and dv, each of any strides and None where it is not wanted."""
+    delta = None if dq is None and dk is None else _delta(do, o)
     saved, options = (do, q, k, v, lse, delta), (causal, scale, window)
     bounds = _document_bounds(cu_seqlens, q.shape[1])
-    if want_q:
-        _launch_dq(*saved, grads[0], bounds, *options)
-    dk, dv = grads[1] if want_k else None, grads[2] if want_v else None
-    if want_k and want_v and _padded(k) > 128:  # the sums of both do not fit in the registers
+    if dq is not None:
+        _launch_dq(*saved, dq, bounds, *options)
+    if dk is not None and dv is not None and _padded(k) > 128:  # more sums than registers
         _launch_dkv(*saved, dk, None, bounds, *options)
         _launch_dkv(*saved, None, dv, bounds, *options)
-    elif want_k or want_v:
+    elif dk is not None or dv is not None:
         _launch_dkv(*saved, dk, dv, bounds, *options)
-    return grads
 
 
 def _delta(do, o):
@@ -456,7 +466,7 @@ def _launch_dq(do, q, k, v, lse, delta, dq, bounds, causal, scale, window):
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
         *(lse, delta, dq, *bounds),
         *(x.stride() for x in (do, q, k, v, dq)),
-        *_sizes(q, k, _heads_together(k, 1) * (q.shape[2] // k.shape[2]), scale, window),
+        *_sizes(q, k, _heads_together(q, k, tile["BLOCK_Q"]), scale, window),
         CAUSAL=causal,
         TMA=tma,
         HEAD_DIM=q.shape[3],
@@ -475,7 +485,7 @@ def _launch_dkv(do, q, k, v, lse, delta, dk, dv, bounds, causal, scale, window):
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
         *(lse, delta, dk, dv, *bounds),
         *(x.stride() for x in (do, q, k, v, dv if dk is None else dk)),
-        *_sizes(q, k, _heads_together(q, q.shape[2] // k.shape[2]), scale, window),
+        *_sizes(q, k, _heads_together(k, q, tile["BLOCK_K"]), scale, window),
         WANT_K=dk is not None,
         WANT_V=dv is not None,
         CAUSAL=causal,
@@ -497,10 +507,20 @@ def _sizes(q, k, together, scale, window):
     return queries, keys, heads, group, together, scale * LOG2E, window
 
 
-def _heads_together(x, count):
-    """How many times `count` heads of x, and as much of its partner, stay in the cache together."""
-    size = 2 * count * x.shape[1] * x.shape[3] * x.element_size()
-    return max(1, CACHE // max(1, size))
+def _heads_together(own, other, block):
+    """How many heads of own, of which every program has a block, run before the next ones start.
+
+    As many as find what they read of other, and of its partner, in the cache. Or more: a program
+    cannot be divided, so the longest must start first in enough heads to keep all processors busy.
+    All groups have about the same number, for the last one must do that too.
+    """
+    read, readers = other.shape[2] // own.shape[2], own.shape[2] // other.shape[2]
+    size = 2 * max(1, read) * other.shape[1] * other.shape[3] * other.element_size()
+    cached = max(1, CACHE // max(1, size)) * max(1, readers)
+    tiles = max(1, triton.cdiv(own.shape[1], block))
+    together = max(cached, PROGRAMS * library.processors(own.device) // tiles)
+    heads = own.shape[0] * own.shape[2]
+    return triton.cdiv(heads, triton.cdiv(heads, together)) if heads else 1
 
 
 def _padded(x):
@@ -531,7 +551,10 @@ def _tile_rule(kernel, *operands):
             gpu = "gfx942 fp32" if gpu == "gfx942" else "fp32"
         tile = TILES[gpu][kernel][max(64, dim)]
     names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
-    return {"DIM": dim, **dict(zip(names, tile, strict=True))}, tma
+    options = {"DIM": dim, **dict(zip(names, tile, strict=True))}
+    if kernel != "forward":
+        options["HELD"] = (gpu, kernel, dim) in HELD_IN_REGISTERS
+    return options, tma
 
 
 def _describable(x):

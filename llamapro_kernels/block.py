@@ -3,7 +3,8 @@
     h = x + o_proj(attention(rope(qkv(norm(x)))))        y = h + down_proj(swiglu(gate_up(norm(h))))
 
 x and y are (B, T, N). The node runs the ops of this package and the library's matrix products, in
-the order in which their composition would. Its backward goes down from y and stops below the last
+the order in which their composition would; q, k and v stay where the projection put them, and so
+do their gradients. Its backward goes down from y and stops below the last
 tensor that wants a gradient; a frozen block computes input gradients alone. What is kept for
 backward, in numbers a token (H query heads, Hkv key heads, head dimension D, MLP width I):
 
@@ -111,7 +112,7 @@ def _attention_half(x, w, settings, cache=None):
     normed, rstd = ops.rms_norm(x, w.attention_norm, settings.eps)
     qkv = linear(normed, w.qkv, w.qkv_bias).view(batch, length, heads + 2 * kv_heads, dim)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
-    q, k = ops.rope(q, k, settings.cos, settings.sin)
+    ops.rope_inplace(q, k, settings.cos, settings.sin, False)
     k, v = (k, v) if cache is None else cache(k, v)
     o, lse = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
     return Kept(x, rstd, q, k, v, o, lse)
@@ -185,12 +186,14 @@ def _attention_backward(dh, kept, w, settings, wanted, grads):
 
 
 def _qkv_backward(do, kept, settings):
-    dq, dk, dv = ops.flash_attention_backward(
+    dqkv = ops.flash_attention_backward_packed(
         *(do, kept.q, kept.k, kept.v, kept.o, kept.lse, settings.cu_seqlens),
-        *(True, kept.q.shape[-1] ** -0.5, settings.window, True, True, True),
+        *(True, kept.q.shape[-1] ** -0.5, settings.window),
     )
-    dq, dk = ops.rope_backward(dq, dk, settings.cos, settings.sin, True, True)
-    return torch.cat((dq.flatten(2), dk.flatten(2), dv.flatten(2)), -1)
+    heads, kv_heads = kept.q.shape[2], kept.k.shape[2]
+    dq, dk, _ = dqkv.split((heads, kv_heads, kv_heads), 2)
+    ops.rope_inplace(dq, dk, settings.cos, settings.sin, True)
+    return dqkv.flatten(2)
 
 
 def _norm_backward(dnormed, dsum, x, weight, rstd, want_x, want_weight):
@@ -228,8 +231,6 @@ class _Block(torch.autograd.Function):
         y, kept = _forward(x, w, settings)
         wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(weights) :])
         kept = wanted.of(kept, save)
-        if kept.v is not None:
-            kept = kept._replace(v=kept.v.contiguous())  # as a view it would keep all of qkv
         ctx.save_for_backward(*kept, cos, sin, cu_seqlens, *weights)
         ctx.options = eps, window, save
         return y

@@ -41,7 +41,7 @@ _forced: list[list[str]] = []
 
 
 class Op:
-    """One op: its forward and backward schema, and the backends registered for them."""
+    """One op: its schemas, forward, backward and others, and the backends that serve them."""
 
     def __init__(self, name: str):
         self.name = name
@@ -93,7 +93,7 @@ class Op:
                 outputs = self.implementations[backend][kind](*args)
             if isinstance(outputs, torch.Tensor):
                 return outputs.contiguous()  # as the fakes promise
-            return tuple(t.contiguous() for t in outputs)
+            return None if outputs is None else tuple(t.contiguous() for t in outputs)
 
         return serve
 
@@ -101,20 +101,20 @@ class Op:
 def define(
     name: str,
     *,
-    forward: str,
-    backward: str,
     fakes: dict[str, Callable],
     flops: dict[str, Callable] | None = None,
+    **schemas: str,
 ) -> Op:
-    """Define ``llamapro::<name>`` and ``llamapro::<name>_backward`` with these schemas.
+    """Define ``llamapro::<name>`` by the schema `forward`, and ``llamapro::<name>_<kind>`` by each
+    other one: `backward`, and what an op needs besides.
 
-    `fakes` holds the shape functions of both, under "forward" and "backward"; `flops`, for ops
-    with matrix products inside, functions from the arguments, tensors as shapes, to their FLOPs,
-    for ``torch.utils.flop_counter``.
+    `fakes` holds the shape functions, under the same names; `flops`, for ops with matrix products
+    inside, functions from the arguments, tensors as shapes, to their FLOPs, for
+    ``torch.utils.flop_counter``.
     """
     op = _ops[name] = Op(name)
-    for kind, schema in (("forward", forward), ("backward", backward)):
-        qualified = name if kind == "forward" else f"{name}_backward"
+    for kind, schema in schemas.items():
+        qualified = name if kind == "forward" else f"{name}_{kind}"
         _namespace.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
         _namespace.impl(qualified, op._router(kind), "CompositeExplicitAutograd")
         torch.library.register_fake(f"llamapro::{qualified}", fakes[kind], lib=_namespace)

@@ -5,12 +5,15 @@
 
 q is (B, T, H, D), k (B, T, Hkv, D), cos and sin (T, D) with equal halves: each frequency stands
 twice. Any floating dtype, products in fp32 (fp64 for fp64). Saved for backward: cos and sin only.
-Bytes moved at least: read and write q and k once.
+Bytes moved at least: read and write q and k once. `llamapro::rope_inplace` rotates where q and k
+are, for callers that own them: a decoder block, inside its packed projection.
 
 Source: Su et al. 2021, "RoFormer".
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
@@ -32,6 +35,11 @@ def rope_backward_reference(dq, dk, cos, sin, want_q, want_k):
     )
 
 
+def rope_inplace_reference(q, k, cos, sin, inverse):
+    for x in (q, k):
+        x.copy_(_rotate(x, cos, -sin if inverse else sin))
+
+
 def _rotate(x, cos, sin):
     dtype = library.compute_dtype(x.dtype)
     xf, cos, sin = x.to(dtype), cos.to(dtype)[:, None], sin.to(dtype)[:, None]
@@ -42,11 +50,13 @@ def _rotate(x, cos, sin):
 @library.jit
 def rope_kernel(
     q, k, cos, sin, q_out, k_out, length, q_heads, k_heads, half, sign,
-    q_batch, q_time, q_head, q_dim, k_batch, k_time, k_head, k_dim,
-    cos_time, cos_dim, sin_time, sin_dim,
+    q_strides, k_strides, q_out_strides, k_out_strides, cos_time, cos_dim, sin_time, sin_dim,
     WANT_Q: tl.constexpr, WANT_K: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, HEADS at a time; sign is -1 for the opposite angle."""
+    """All heads of one token, HEADS at a time; sign is -1 for the opposite angle.
+
+    An output may be the input itself: every number is stored by the thread that has read it.
+    """
     token = tl.program_id(0).to(tl.int64)
     batch, time = token // length, token % length
     column = tl.arange(0, HALF).to(tl.int64)
@@ -54,45 +64,35 @@ def rope_kernel(
     s = tl.load(sin + time * sin_time + column * sin_dim, mask=column < half, other=0)
     c, s = c.to(tl.float32), s.to(tl.float32) * sign
     if WANT_Q:
-        q += batch * q_batch + time * q_time
-        q_out += token * q_heads * 2 * half
-        _rotate_heads(q, q_out, c, s, q_heads, half, q_head, q_dim, HEADS, HALF)
+        q += batch * q_strides[0] + time * q_strides[1]
+        q_out += batch * q_out_strides[0] + time * q_out_strides[1]
+        _rotate_heads(q, q_out, q_strides, q_out_strides, c, s, q_heads, half, HEADS, HALF)
     if WANT_K:
-        k += batch * k_batch + time * k_time
-        k_out += token * k_heads * 2 * half
-        _rotate_heads(k, k_out, c, s, k_heads, half, k_head, k_dim, HEADS, HALF)
+        k += batch * k_strides[0] + time * k_strides[1]
+        k_out += batch * k_out_strides[0] + time * k_out_strides[1]
+        _rotate_heads(k, k_out, k_strides, k_out_strides, c, s, k_heads, half, HEADS, HALF)
 
 
 @library.jit
 def _rotate_heads(
-    x, out, cos, sin, heads, half, x_head, x_dim, HEADS: tl.constexpr, HALF: tl.constexpr
+    x, out, strides, out_strides, cos, sin, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
 ):
     column = tl.arange(0, HALF)[None, :].to(tl.int64)
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None].to(tl.int64)
         mask = (head < heads) & (column < half)
-        at = x + head * x_head
-        x1 = tl.load(at + column * x_dim, mask=mask, other=0).to(tl.float32)
-        x2 = tl.load(at + (column + half) * x_dim, mask=mask, other=0).to(tl.float32)
-        to = out + head * 2 * half + column
-        tl.store(to, x1 * cos[None, :] - x2 * sin[None, :], mask=mask)
-        tl.store(to + half, x2 * cos[None, :] + x1 * sin[None, :], mask=mask)
+        at = x + head * strides[2]
+        x1 = tl.load(at + column * strides[3], mask=mask, other=0).to(tl.float32)
+        x2 = tl.load(at + (column + half) * strides[3], mask=mask, other=0).to(tl.float32)
+        to = out + head * out_strides[2]
+        tl.store(to + column * out_strides[3], x1 * cos[None, :] - x2 * sin[None, :], mask=mask)
+        to += (column + half) * out_strides[3]
+        tl.store(to, x2 * cos[None, :] + x1 * sin[None, :], mask=mask)
 
 
-def rope_forward(q, k, cos, sin):
-    return _launch(q, k, cos, sin, 1.0)
-
-
-def rope_backward(dq, dk, cos, sin, want_q, want_k):
-    return _launch(dq if want_q else None, dk if want_k else None, cos, sin, -1.0)
-
-
-def _launch(q, k, cos, sin, sign):
-    """One launch for both; what is None is not rotated, and nothing is allocated for it."""
+def _rotate_triton(q, k, cos, sin, sign, outputs):
+    """One launch for both; what is None is not rotated."""
     some = k if q is None else q
-    outputs = tuple(
-        (some if x is None else x).new_empty(0 if x is None else x.shape) for x in (q, k)
-    )
     batch, length, _, dim = some.shape
     heads = [0 if x is None else x.shape[2] for x in (q, k)]
     half = max(1, triton.next_power_of_2(dim // 2))
@@ -102,7 +102,8 @@ def _launch(q, k, cos, sin, sign):
         (batch * length,),
         *(q, k, cos, sin, *outputs, length),
         *(*heads, dim // 2, sign),
-        *(stride for x in (q, k) for stride in ((0,) * 4 if x is None else x.stride())),
+        *((0,) * 4 if x is None else x.stride() for x in (q, k)),
+        *((0,) * 4 if x is None else out.stride() for x, out in zip((q, k), outputs, strict=True)),
         *(*cos.stride(), *sin.stride()),
         WANT_Q=q is not None,
         WANT_K=k is not None,
@@ -110,24 +111,32 @@ def _launch(q, k, cos, sin, sign):
         HALF=half,
         num_warps=library.warps_for(tile * half, some.device),
     )
-    return outputs
 
 
-def rope_forward_cpp(q, k, cos, sin):
-    return _rotate_cpp(q, k, cos, sin, 1.0)
-
-
-def rope_backward_cpp(dq, dk, cos, sin, want_q, want_k):
-    return _rotate_cpp(dq if want_q else None, dk if want_k else None, cos, sin, -1.0)
-
-
-def _rotate_cpp(q, k, cos, sin, sign):
+def _rotate_cpp(q, k, cos, sin, sign, outputs):
     cos, sin = library.contiguous_fp32(cos), library.contiguous_fp32(sin)
-    outputs = _fake_backward(q, k, cos, sin, q is not None, k is not None)
     for x, out in zip((q, k), outputs, strict=True):
         if x is not None:
             library.cpp.rope(x, cos, sin, sign, out)
+
+
+# What the two backends have in common. rotate(q, k, cos, sin, sign, outputs) skips a None.
+
+
+def rope_forward(q, k, cos, sin, *, rotate):
+    outputs = _fake(q, k, cos, sin)
+    rotate(q, k, cos, sin, 1.0, outputs)
     return outputs
+
+
+def rope_backward(dq, dk, cos, sin, want_q, want_k, *, rotate):
+    outputs = _fake_backward(dq, dk, cos, sin, want_q, want_k)
+    rotate(dq if want_q else None, dk if want_k else None, cos, sin, -1.0, outputs)
+    return outputs
+
+
+def rope_inplace(q, k, cos, sin, inverse, *, rotate):
+    rotate(q, k, cos, sin, -1.0 if inverse else 1.0, (q, k))
 
 
 def _fake(q, k, cos, sin):
@@ -144,11 +153,26 @@ rope_op = library.define(
     forward="(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     backward="(Tensor? dq, Tensor? dk, Tensor cos, Tensor sin, bool want_q, bool want_k)"
     " -> (Tensor, Tensor)",
-    fakes={"forward": _fake, "backward": _fake_backward},
+    inplace="(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool inverse) -> ()",
+    fakes={
+        "forward": _fake,
+        "backward": _fake_backward,
+        "inplace": lambda q, k, cos, sin, inverse: None,
+    },
 )
-rope_op.register("reference", forward=rope_reference, backward=rope_backward_reference)
-rope_op.register("triton", forward=rope_forward, backward=rope_backward)
-rope_op.register("cpp", forward=rope_forward_cpp, backward=rope_backward_cpp)
+rope_op.register(
+    "reference",
+    forward=rope_reference,
+    backward=rope_backward_reference,
+    inplace=rope_inplace_reference,
+)
+for _backend, _rotate_by in (("triton", _rotate_triton), ("cpp", _rotate_cpp)):
+    rope_op.register(
+        _backend,
+        forward=partial(rope_forward, rotate=_rotate_by),
+        backward=partial(rope_backward, rotate=_rotate_by),
+        inplace=partial(rope_inplace, rotate=_rotate_by),
+    )
 
 
 def _setup_context(ctx, inputs, output):

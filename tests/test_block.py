@@ -158,7 +158,7 @@ def test_backward_computes_no_more_than_it_must(wanted):
 
     names = backward(lk.decoder_block)
     products = names.count("aten::mm") + names.count("mkldnn::_linear_pointwise")
-    assert (products, "llamapro::flash_attention_backward" in names) == PRODUCTS[wanted]
+    assert (products, "llamapro::flash_attention_backward_packed" in names) == PRODUCTS[wanted]
 
 
 def saved_bytes(save, wanted="frozen", dtype=torch.bfloat16):

@@ -354,6 +354,41 @@ def test_loss_scales_of_mixed_precision_trainers(dtype, upstream):
         assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + stored
 
 
+def projection(dtype):
+    """(qkv, q, k, v): the last three as views of a packed projection."""
+    qkv = torch.randn(2, 19, 4 + 2 * 2, 32, device=DEVICE).to(dtype)
+    return qkv, *qkv.split((4, 2, 2), 2)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("_, backend, dtype", [t for t in TYPED if t[0] == "rope"], ids=str)
+def test_rope_in_place(_, backend, dtype, inverse):
+    """To the bit what the op gives, and nothing else of the projection is touched."""
+    qkv, q, k, v = projection(dtype)
+    before, angles = v.clone(), torch.rand(19, 16, device=DEVICE).repeat(1, 2)
+    table = angles.cos(), angles.sin()
+    ops = torch.ops.llamapro
+    with lk.use_backend(backend):
+        rotated = ops.rope_backward(q, k, *table, True, True) if inverse else ops.rope(q, k, *table)
+        assert ops.rope_inplace(q, k, *table, inverse) is None
+    assert torch.equal(qkv, torch.cat((*rotated, before), 2))
+
+
+@pytest.mark.parametrize("documents", [None, [0, 5, 19]], ids=str)
+@pytest.mark.parametrize("_, backend, dtype", [t for t in TYPED if t[0] == "attention"], ids=str)
+def test_packed_gradients_of_attention(_, backend, dtype, documents):
+    """To the bit those that come apart."""
+    _, q, k, v = (t[: 1 if documents else 2] for t in projection(dtype))
+    cu_seqlens = documents and torch.tensor(documents, dtype=torch.int32, device=DEVICE)
+    options = cu_seqlens, True, 0.2, None if documents else 7
+    ops = torch.ops.llamapro
+    with lk.use_backend(backend):
+        o, lse = ops.flash_attention(q, k, v, *options)
+        saved = torch.randn_like(o), q, k, v, o, lse, *options
+        apart = ops.flash_attention_backward(*saved, True, True, True)
+        assert torch.equal(ops.flash_attention_backward_packed(*saved), torch.cat(apart, 2))
+
+
 def test_weights_of_another_dtype():
     """bf16 activations with an fp32 norm weight or rope table: results in x's dtype."""
     x, weight = torch.randn(4, 32).bfloat16().requires_grad_(), torch.randn(32, requires_grad=True)

@@ -13,7 +13,7 @@ from test_ops import DEVICE, as_tuple, convert, draw, move
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import llamapro_kernels as lk
-from llamapro_kernels import library, product
+from llamapro_kernels import attention_triton, library, product
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or library.INTERPRETED), reason="needs a GPU or the interpreter"
@@ -200,6 +200,26 @@ def test_slices_of_a_packed_projection_are_not_copied():
         with Recorder("rms_norm") as seen:
             lk.rms_norm(q[:, :, 1], torch.ones(32, device=DEVICE))
         assert seen.allocated == [2 * 19 * 32, 2 * 19]
+
+
+@pytest.mark.parametrize(
+    "keys, together",
+    [
+        ((1, 4096, 8, 128), 8),  # 512 programs of few heads: all of them, whatever the cache holds
+        ((2, 4096, 32, 128), 8),  # as many as the cache holds
+        ((1, 2048, 24, 128), 12),  # 16 would leave 8 for the end
+        ((1, 0, 8, 128), 8),
+        ((0, 4096, 8, 128), 1),
+    ],
+    ids=str,
+)
+def test_enough_heads_of_dk_and_dv_run_together(monkeypatch, keys, together):
+    """With 132 processors and 64 keys a program; where heads are few, each has eight of queries."""
+    monkeypatch.setattr(library, "processors", lambda device: 132)
+    batch, length, heads, dim = keys
+    k = torch.empty(keys, dtype=torch.bfloat16, device="meta")
+    q = k.new_empty(batch, length, heads * 8 if heads == 8 else heads, dim)
+    assert attention_triton._heads_together(k, q, 64) == together
 
 
 @pytest.mark.parametrize("add", [False, True])

@@ -175,11 +175,11 @@ def _moments(work, save, shape, counts):
 def _scratch(work, shape, save):
     """What backward of a block holds beside what was kept."""
     mlp = 3 * shape.inner + 2 * shape.width  # the product's gradient, gate_up's, dy and dh
-    attention = 2 * (shape.queries + 2 * shape.keys) + 2 * shape.queries + 3 * shape.width
+    attention = 2 * shape.queries + 2 * shape.keys + 3 * shape.width  # do and dqkv; dh and dx
     again = {
         "all": 0,
         "light": 2 * shape.inner,
-        "input": 2 * shape.inner + shape.width + 3 * shape.queries + 4 * shape.keys,
+        "input": 2 * shape.inner + shape.width + 2 * shape.queries + 2 * shape.keys,
     }
     return work.tokens * (max(mlp, attention) + again[save]) * work.dtype.itemsize
 

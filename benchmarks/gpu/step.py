@@ -6,9 +6,9 @@
 
 From the repository's root, with it and `python/` on the path. Every row is a process of its own, so
 that one which runs out of memory says so and the others go on; the file is written anew after each.
-Weights are random with the real shapes and tokens are random. The share of the roof counts the
-FLOPs that are really needed, without those that are computed again; the roof is a large bf16
-product in the same process.
+Weights are random with the real shapes and tokens are random. TFLOP/s counts the FLOPs that are
+really needed, without those that are computed again; the roof is a large bf16 product, behind the
+steps of each row in the same process: the median of the rows, for a card that is hot is slower.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def their_model(config, side, device):
 
 
 def measure(side, shape, new_blocks, placement, batch, length, device):
-    """One row: tokens/s, share of the roof, peak and planned memory."""
+    """One row: tokens/s, TFLOP/s of the steps and of a large product, peak and planned memory."""
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
     config = configuration(shape, new_blocks, placement)
@@ -169,7 +169,7 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
     rate = matmul_rate(torch.device(device), torch.bfloat16, 8192 if device == "cuda" else 512)
     row = {
         "tokens/s": round(batch * length / median, 1),
-        "share of the roof": round(sum(flops(work).values()) / median / rate, 3),
+        "TFLOP/s": round(sum(flops(work).values()) / median / 1e12, 2),
         "roof TFLOP/s": round(rate / 1e12, 2),
         "peak GB": round(peak_memory(torch.device(device)) / 1e9, 2),
         "loss": round(loss.item(), 3),
@@ -214,10 +214,13 @@ def row_in_a_process(arguments):
 
 def markdown(report):
     """The rows as a table; those that failed say why."""
-    names = ("tokens/s", "share of the roof", "peak GB")
-    lines = table(("model", "new blocks", "batch", "side", *names))
-    for row in report["rows"]:
-        results = (row["failed"], "", "") if "failed" in row else [row[name] for name in names]
+    lines = table(("model", "new blocks", "batch", "side", "tokens/s", "of the roof", "peak GB"))
+    roofs = [row["roof TFLOP/s"] for row in report["rows"] if "failed" not in row]
+    for row in sorted(report["rows"], key=lambda row: (row["model"], row["placement"])):
+        results = row.get("failed"), "", ""
+        if "failed" not in row:
+            share = row["TFLOP/s"] / statistics.median(roofs)
+            results = row["tokens/s"], f"{share:.2f}", row["peak GB"]
         about = (row["model"], row["placement"], f"{row['batch']} x 4096", row["side"])
         lines.append(cells(*about, *results))
     return "\n".join(lines)

@@ -11,7 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Half.h>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -57,23 +57,28 @@ struct Half {
   operator float() const { return torch::headeronly::detail::fp16_ieee_to_fp32_value(bits); }
 };
 
-// 2^x to two ulp, for a float or a vector of them: 2^round(x) by the exponent's bits, times a
-// minimax polynomial of the rest. Below 2^-126 it is 0; NaN and infinity go through.
+// 2^x for x of -1/2 to 1/2: a minimax polynomial.
+template <class Float>
+inline Float exp2_of_rest(Float x) {
+  Float p = Float{} + 0.00132764722f;
+  p = p * x + 0.00967554133f;
+  p = p * x + 0.0555071327f;
+  p = p * x + 0.240221197f;
+  p = p * x + 0.693146967f;
+  return p * x + 1.00000007f;
+}
+
+// 2^x to two ulp, for a float or a vector of them: 2^round(x) by the exponent's bits, times 2^rest.
+// Below 2^-126 it is 0; NaN and infinity go through.
 template <class Float, class Int>
 inline Float exp2(Float x) {
   const Float least = Float{} - 127.0f, most = Float{} + 128.0f;
   const Float low = least > x ? least : x;  // in this order, so that NaN stays
   const Float bounded = most < low ? most : low;
   const Float shifted = bounded + 12582912.0f;  // 1.5 * 2^23: the integer part is in the low bits
-  const Float rest = bounded - (shifted - 12582912.0f);
-  Float p = Float{} + 0.00132764722f;
-  p = p * rest + 0.00967554133f;
-  p = p * rest + 0.0555071327f;
-  p = p * rest + 0.240221197f;
-  p = p * rest + 0.693146967f;
-  p = p * rest + 1.00000007f;
+  const Float power = exp2_of_rest(bounded - (shifted - 12582912.0f));
   const Int exponent = (bit_cast<Int>(shifted) << 23) + 0x3f800000;  // of -127 these bits are 0.0
-  return p * bit_cast<Float>(exponent);
+  return power * bit_cast<Float>(exponent);
 }
 
 #ifdef __AVX512BF16__

@@ -34,7 +34,17 @@ inline V load(const Element* from) {
 
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(Vec)); }
 
+#if defined(__AVX512F__)
+// Rounding and the exponent take an instruction each: half of what they take elsewhere.
+inline Vec exp2(Vec x) {
+  const __m512 whole = _mm512_maskz_roundscale_ps(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Vec power = exp2_of_rest<Vec>(x - (Vec)whole);
+  const __mmask16 normal = _mm512_cmp_ps_mask(whole, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)power, whole);
+}
+#else
 inline Vec exp2(Vec x) { return llamapro::exp2<Vec, IntVec>(x); }
+#endif
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline bool all_equal(Vec a, Vec b) {

@@ -22,12 +22,13 @@ import torch
 
 from llamapro_kernels import library
 from llamapro_kernels.library import tl, triton
-from llamapro_kernels.product import add_matmul, matmul
+from llamapro_kernels.product import add_matmul, matmul, pieces
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
 # Each chunk reads the whole weight again (and adds to the whole of dweight): this many tokens, at
 # least, make that small beside the products.
 CHUNK_TOKENS, CHUNK_TOKENS_CPU = 2048, 512
+SCALED_ELEMENTS = 2**18  # of a gradient that are scaled at a time on a CPU: 1 MB in fp32
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -284,8 +285,14 @@ def _backward(ctx, dloss, *_):
 
 
 def _scaled(grad, dloss, dtype):
-    """The product in fp32, rounded as it is stored: without a copy in fp32."""
-    return torch.mul(grad, dloss, out=grad.new_empty(grad.shape, dtype=dtype))
+    """The product in fp32, rounded as it is stored."""
+    scaled = grad.new_empty(grad.shape, dtype=dtype)
+    if grad.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.mul(grad, dloss, out=scaled)
+    # PyTorch stores it in fp32 before: of a few rows at a time, which a cache holds.
+    for rows in pieces(len(grad), max(1, SCALED_ELEMENTS // max(1, grad.shape[1]))):
+        torch.mul(grad[rows], dloss if len(dloss) == 1 else dloss[rows], out=scaled[rows])
+    return scaled
 
 
 linear_cross_entropy_op.autograd(_backward, setup_context=_setup_context)

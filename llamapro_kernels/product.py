@@ -21,6 +21,7 @@ from llamapro_kernels import library
 
 TILED = {torch.bfloat16} if library.CPU_BUILD == "amx" else set()
 PIECE = 8192  # columns of a product that are copied to where they belong while in the cache
+ADDED = 2**21  # numbers of a product that PyTorch rounds, copies to fp32 and adds at a time
 COPIED = 1024  # rows, columns and depth of what is in fp32 at a time: 4 MB an operand
 ROWS = 16  # fewer take as long as reading the other operand, which is shortest in 16 bits
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -57,7 +58,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) ->
         return a @ b if out is None else torch.mm(a, b, out=out)
     if out is None:
         return _linear(a, b.T)
-    for columns in _pieces(b.shape[1], PIECE):
+    for columns in pieces(b.shape[1], PIECE):
         out[:, columns] = _linear(a, b[:, columns].T)
     return out
 
@@ -69,12 +70,13 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     elif _is_emulated(a, b):
-        for rows, columns in itertools.product(_pieces(a.shape[0]), _pieces(b.shape[1])):
+        for rows, columns in itertools.product(pieces(a.shape[0]), pieces(b.shape[1])):
             _add_by_fp32(total[rows, columns], a[rows], b[:, columns])
     elif _is_tiled(a, b):
         library.cpp.matmul(a, b, None, None, total)
     else:
-        total += a @ b
+        for rows in pieces(len(total), max(1, ADDED // max(1, b.shape[1]))):
+            total[rows] += a[rows] @ b
 
 
 def _takes_onednn(x):
@@ -122,7 +124,7 @@ def _by_fp32(a, b, bias=None, out=None):
     if out is None:
         out = a.new_empty((*a.shape[:-1], b.shape[1]))
     a, to = a.flatten(0, -2), out.flatten(0, -2)
-    for rows, columns in itertools.product(_pieces(a.shape[0]), _pieces(b.shape[1])):
+    for rows, columns in itertools.product(pieces(a.shape[0]), pieces(b.shape[1])):
         added = None if bias is None else bias[columns].float()
         to[rows, columns] = _add_by_fp32(added, a[rows], b[:, columns])
     return out
@@ -130,7 +132,7 @@ def _by_fp32(a, b, bias=None, out=None):
 
 def _add_by_fp32(total, a, b):
     """total + a b, in place unless the total is no matrix."""
-    for depth in _pieces(a.shape[1]):
+    for depth in pieces(a.shape[1]):
         left, right = a[:, depth].float(), b[depth].float()
         if total is None or total.dim() == 1:
             total = _linear(left, right.T, total)
@@ -141,7 +143,8 @@ def _add_by_fp32(total, a, b):
     return total
 
 
-def _pieces(length, size=None):
+def pieces(length: int, size: int | None = None) -> list[slice]:
+    """0..length in slices of `size`."""
     size = size or COPIED
     return [slice(at, at + size) for at in range(0, length, size)]
 

@@ -16,7 +16,7 @@ from op_cases import CASES, SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llamapro_kernels as lk
-from llamapro_kernels import library
+from llamapro_kernels import library, product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST_SUM = 128  # of all cases: the vocabulary, rounded up
@@ -44,11 +44,13 @@ every_dtype = pytest.mark.parametrize("name, backend, dtype", TYPED, ids=str)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """So that the loss takes several chunks of these few tokens."""
+    """So that the loss takes several chunks of these few tokens, its gradients a few rows each."""
     module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 300)
     monkeypatch.setattr(module, "CHUNK_TOKENS", 3)
     monkeypatch.setattr(module, "CHUNK_TOKENS_CPU", 3)
+    monkeypatch.setattr(module, "SCALED_ELEMENTS", 100)
+    monkeypatch.setattr(product, "ADDED", 100)
 
 
 @pytest.fixture(autouse=True)

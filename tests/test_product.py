@@ -29,6 +29,7 @@ def cpu(request, monkeypatch):
     monkeypatch.setattr(product, "MKL_IS_SLOW", "AMD" in request.param)
     monkeypatch.setattr(product, "EMULATED", SIXTEEN_BITS if "alone" in request.param else set())
     monkeypatch.setattr(product, "PIECE", 16)
+    monkeypatch.setattr(product, "ADDED", 5 * 24)
     monkeypatch.setattr(product, "COPIED", 8)
     monkeypatch.setattr(product, "ROWS", 4)
     torch.manual_seed(0)

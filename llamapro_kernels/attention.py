@@ -256,12 +256,14 @@ def flash_attention(
     (B, T, H, D). `scale` defaults to 1 / sqrt(D). `causal`: the last query sees the last key and
     each earlier one a key less. `window` W (causal only): a query sees itself and the W - 1
     tokens before it. `cu_seqlens` (int32, (documents + 1,), from 0 to T): documents lie one after
-    the other in a batch of one, S = T, and see only themselves.
+    the other in a batch of one, S = T, and see only themselves; what it holds is checked on a CPU,
+    outside torch.compile. Under autocast it runs, and returns, in autocast's dtype.
     Raises TypeError for dtypes and ValueError for shapes or options that do not fit.
     Source: Dao 2023, "FlashAttention-2".
     """
     library.check_floating(q=q, k=k, v=v)
-    _check_shapes(q, k, v)
+    q, k, v = library.in_autocast(q, k, v)
+    check_operands(q, k, v)
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window must be at least 1 and causal, got {window}, causal={causal}")
     if cu_seqlens is not None:
@@ -272,15 +274,17 @@ def flash_attention(
     return torch.ops.llamapro.flash_attention(q, k, v, cu_seqlens, causal, scale, window)[0]
 
 
-def _check_shapes(q, k, v):
+def check_operands(q, k, v):
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
             "q (B, T, H, D) and k, v (B, S, Hkv, D) expected,"
             f" got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % max(1, k.shape[2]):
+    heads, kv_heads = q.shape[2], k.shape[2]
+    divides = heads % kv_heads == 0 if kv_heads else heads == 0
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or not q.shape[3] or not divides:
         raise ValueError(
-            "q and k must agree in batch and head dimension, and k's heads divide q's,"
+            "q and k must agree in batch and head dimension, at least 1, and k's heads divide q's,"
             f" got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if not q.dtype == k.dtype == v.dtype:
@@ -288,6 +292,8 @@ def _check_shapes(q, k, v):
 
 
 def check_documents(q, k, cu_seqlens):
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.device != q.device:
         raise ValueError(
             "cu_seqlens must be (documents + 1,) int32 on q's device,"

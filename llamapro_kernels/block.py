@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 
 from llamapro_kernels import library
-from llamapro_kernels.attention import check_documents
+from llamapro_kernels.attention import check_documents, check_operands
 from llamapro_kernels.product import linear, matmul
+from llamapro_kernels.rope import check_constant
 
 Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 SAVE = ("all", "light", "input")
@@ -46,6 +47,9 @@ class BlockWeights(NamedTuple):
     o_proj_bias: torch.Tensor | None = None
     gate_up_bias: torch.Tensor | None = None
     down_proj_bias: torch.Tensor | None = None
+
+
+REQUIRED = BlockWeights._fields[:6]
 
 
 class Settings(NamedTuple):
@@ -110,10 +114,14 @@ def _attention_half(x, w, settings, cache=None):
     heads = w.o_proj.shape[1] // dim
     kv_heads = (w.qkv.shape[0] // dim - heads) // 2
     normed, rstd = ops.rms_norm(x, w.attention_norm, settings.eps)
-    qkv = linear(normed, w.qkv, w.qkv_bias).view(batch, length, heads + 2 * kv_heads, dim)
+    # A product of matrices: the version of its result counts what is done to views of it.
+    qkv = linear(normed.flatten(0, 1), w.qkv, w.qkv_bias)
+    qkv = qkv.view(batch, length, heads + 2 * kv_heads, dim)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
     ops.rope_inplace(q, k, settings.cos, settings.sin, False)
-    k, v = (k, v) if cache is None else cache(k, v)
+    if cache is not None:
+        k, v = cache(k, v)
+        check_operands(q, k, v)
     o, lse = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
     return Kept(x, rstd, q, k, v, o, lse)
 
@@ -239,9 +247,9 @@ class _Block(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("decoder_block has no second derivative (create_graph=True)")
-        count = len(Kept._fields)
-        kept, w = Kept(*ctx.saved_tensors[:count]), BlockWeights(*ctx.saved_tensors[count + 3 :])
-        settings = Settings(*ctx.saved_tensors[count : count + 3], *ctx.options)
+        saved, count = ctx.saved_tensors, len(Kept._fields)  # once: each time unpacks all of them
+        kept, w = Kept(*saved[:count]), BlockWeights(*saved[count + 3 :])
+        settings = Settings(*saved[count : count + 3], *ctx.options)
         wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(w) :])
         with library.without_autocast(dy.device.type):  # forward has settled the dtypes
             dx, dweights = _backward(dy, _recompute(kept, w, settings), w, settings, wanted)
@@ -262,22 +270,22 @@ def decoder_block(
 ) -> torch.Tensor:
     """One Llama block, causal: x (B, T, N) -> (B, T, N) in x's dtype.
 
-    cos, sin: (T, D), which also gives the head dimension; the head counts follow from the weights.
-    `window` and `cu_seqlens` as in `flash_attention`. `save`: what is kept for backward, "all",
-    "light" or "input", see above; it changes memory and time, and no bit of the gradients. `cache`
-    is called with this block's rotated keys and its values, (B, T, Hkv, D), and returns all keys
-    and values to attend to, (B, S, Hkv, D); there are no gradients through it. Under autocast the
-    block runs in autocast's dtype. Raises TypeError for dtypes, and ValueError for shapes and
-    options that do not fit. Source: Touvron et al. 2023.
+    cos, sin: (T, D) as `rope` takes them, which also gives the head dimension; the head counts
+    follow from the weights. These are of x's dtype, norms of any. `window` and `cu_seqlens` as in
+    `flash_attention`. `save`: what is kept for backward, "all", "light" or "input", see above; it
+    changes memory and time, and no bit of the gradients. `cache` is called with this block's
+    rotated keys and its values, (B, T, Hkv, D), and returns all keys and values to attend to,
+    (B, S, Hkv, D); there are no gradients through it. Under autocast the block computes in
+    autocast's dtype. Raises TypeError for dtypes, and ValueError for shapes and options that do
+    not fit. Source: Touvron et al. 2023.
     """
     _check(x, weights, cos, sin, window, cu_seqlens, save)
     settings = Settings(cos, sin, cu_seqlens, eps, window, save)
-    dtype = library.autocast_dtype(x.device.type)
-    if dtype is None:
-        return _run(x, weights, settings, cache)
-    weights = BlockWeights(*(w if w is None else w.to(dtype) for w in weights))
+    computed, *weights = library.in_autocast(x, *weights)
+    weights = BlockWeights(*weights)
+    _check_dtypes(computed, weights)
     with library.without_autocast(x.device.type):
-        return _run(x.to(dtype), weights, settings, cache).to(x.dtype)
+        return _run(computed, weights, settings, cache).to(x.dtype)
 
 
 def _run(x, weights, settings, cache):
@@ -290,9 +298,10 @@ def _run(x, weights, settings, cache):
 
 
 def _check(x, w, cos, sin, window, cu_seqlens, save):
-    library.check_floating(
-        x=x, cos=cos, sin=sin, **{n: t for n, t in w._asdict().items() if t is not None}
-    )
+    if not isinstance(w, BlockWeights):
+        raise TypeError(f"weights must be BlockWeights, got {type(w).__name__}")
+    given = {name: t for name, t in w._asdict().items() if t is not None or name in REQUIRED}
+    library.check_floating(x=x, cos=cos, sin=sin, **given)
     if save not in SAVE:
         raise ValueError(f"save must be one of {SAVE}, got {save!r}")
     if x.dim() != 3 or cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[1]:
@@ -300,24 +309,34 @@ def _check(x, w, cos, sin, window, cu_seqlens, save):
             f"x (B, T, N), cos and sin (T, D) expected,"
             f" got {tuple(x.shape)}, {tuple(cos.shape)}, {tuple(sin.shape)}"
         )
-    width, dim = x.shape[2], cos.shape[1]
-    rows, values, inner = w.qkv.shape[0], w.o_proj.shape[1], w.down_proj.shape[1]
-    expected = (
-        (width,),
-        (rows, width),
-        (width, values),
-        (width,),
-        (2 * inner, width),
-        (width, inner),
-    )
-    shapes = tuple(tuple(t.shape) for t in w[:6])
-    heads, kv_heads = values // dim, (rows - values) // (2 * dim)
-    whole = values == heads * dim and rows == (heads + 2 * kv_heads) * dim and dim % 2 == 0
-    if shapes != expected or not whole or kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"weights for N = {width} and D = {dim} expected, see BlockWeights; got {shapes}"
-        )
+    check_constant(cos, sin)
+    _check_shapes(x.shape[2], cos.shape[1], {name: tuple(t.shape) for name, t in given.items()})
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if cu_seqlens is not None:
         check_documents(x, x, cu_seqlens)
+
+
+def _check_shapes(width, dim, shapes):
+    rows, values = (*shapes["qkv"], 0)[0], (0, *shapes["o_proj"])[-1]
+    inner = (0, *shapes["down_proj"])[-1]
+    expected = {
+        **dict.fromkeys(("attention_norm", "mlp_norm", "o_proj_bias", "down_proj_bias"), (width,)),
+        **{"qkv": (rows, width), "qkv_bias": (rows,), "o_proj": (width, values)},
+        **{"gate_up": (2 * inner, width), "gate_up_bias": (2 * inner,)},
+        "down_proj": (width, inner),
+    }
+    heads = values // max(1, dim)
+    kv_heads = (rows - values) // max(1, 2 * dim)
+    whole = values == heads * dim and rows == (heads + 2 * kv_heads) * dim and dim % 2 == 0
+    same = all(expected[name] == shape for name, shape in shapes.items())
+    if not same or not whole or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"weights for N = {width} and D = {dim} expected, see BlockWeights; got {shapes}"
+        )
+
+
+def _check_dtypes(x, w):
+    for name, t in w._asdict().items():
+        if t is not None and not name.endswith("norm") and t.dtype != x.dtype:
+            raise TypeError(f"{name} must be of x's dtype, {x.dtype}, got {t.dtype}")

@@ -32,6 +32,7 @@ except ImportError:
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 BACKENDS = ("triton", "cpp", "reference")  # in order of preference
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _namespace = torch.library.Library("llamapro", "DEF")
 _ops: dict[str, "Op"] = {}
@@ -217,6 +218,13 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
+def in_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The operands of a product as autocast gives them to PyTorch's: in its dtype, but for fp64."""
+    dtype = autocast_dtype(tensors[0].device.type)
+    keep = dtype is None
+    return [t if keep or t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
 def without_autocast(device_type: str):
     """A context in which autocast is off."""
     if autocast_dtype(device_type) is None:
@@ -293,7 +301,7 @@ def empty_if(wanted: bool, like: torch.Tensor) -> torch.Tensor:
 
 
 def check_floating(**tensors: torch.Tensor) -> None:
-    """Raise TypeError unless all are floating-point tensors on one device.
+    """Raise TypeError unless all are tensors of 16, 32 or 64 bits, ValueError unless on one device.
 
     Also RuntimeError in forward-mode differentiation, which would otherwise give silent zeros.
     """
@@ -301,8 +309,9 @@ def check_floating(**tensors: torch.Tensor) -> None:
         raise RuntimeError("llamapro ops have no forward-mode derivative")
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOATING:
+            got = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name} must be a tensor of 16, 32 or 64 bit floats, got {got}")
         if tensor.device != first.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, {first_name} on {first.device}: one device expected"

@@ -310,12 +310,14 @@ def linear_cross_entropy(
 
     x: (..., D) and weight: (V, D) of one floating dtype, targets: (...) int64 or int32. Returns
     the fp32 loss: a scalar for "mean" (over valid targets) and "sum", (...) for "none". Targets
-    equal to `ignore_index` do not count; when all are ignored the loss and gradients are 0.
+    equal to `ignore_index` do not count; when all are ignored the loss and gradients are 0. Under
+    autocast the logits are computed in autocast's dtype.
     Raises TypeError for dtypes, ValueError for shapes and, on a CPU, IndexError for targets outside
     0..V-1; on a GPU, where looking would mean waiting, the loss of such a target is NaN.
     Source: Wijmans et al. 2024.
     """
     library.check_floating(x=x, weight=weight)
+    x, weight = library.in_autocast(x, weight)
     if x.dtype != weight.dtype or targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             "x and weight must have one dtype and targets int64 or int32,"

@@ -190,10 +190,11 @@ def linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """swiglu(x @ weight.T), without keeping the product.
 
     x: (..., N), weight: (2I, N) of one floating dtype, the gate's rows first; returns (..., I).
-    Raises TypeError for dtypes, ValueError for shapes that do not match.
-    Source: Shazeer 2020.
+    Under autocast it runs, and returns, in autocast's dtype. Raises TypeError for dtypes,
+    ValueError for shapes that do not match. Source: Shazeer 2020.
     """
     library.check_floating(x=x, weight=weight)
+    x, weight = library.in_autocast(x, weight)
     if x.dtype != weight.dtype:
         raise TypeError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
     fits = x.dim() > 0 and weight.dim() == 2 and weight.shape[1:] == x.shape[-1:]

@@ -35,16 +35,11 @@ def rope_backward_reference(dq, dk, cos, sin, want_q, want_k):
     )
 
 
-def rope_inplace_reference(q, k, cos, sin, inverse):
-    for x in (q, k):
-        x.copy_(_rotate(x, cos, -sin if inverse else sin))
-
-
 def _rotate(x, cos, sin):
     dtype = library.compute_dtype(x.dtype)
-    xf, cos, sin = x.to(dtype), cos.to(dtype)[:, None], sin.to(dtype)[:, None]
-    x1, x2 = xf.chunk(2, -1)
-    return (xf * cos + torch.cat((-x2, x1), -1) * sin).to(x.dtype)
+    x1, x2 = x.to(dtype).chunk(2, -1)
+    c, s = (t[:, None, : x.shape[-1] // 2].to(dtype) for t in (cos, sin))
+    return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), -1).to(x.dtype)
 
 
 @library.jit
@@ -113,14 +108,28 @@ def _rotate_triton(q, k, cos, sin, sign, outputs):
     )
 
 
+def _rotate_reference(q, k, cos, sin, sign, outputs):
+    for x, out in zip((q, k), outputs, strict=True):
+        out.copy_(_rotate(x, cos, sign * sin))
+
+
 def _rotate_cpp(q, k, cos, sin, sign, outputs):
+    _check_halves(cos=cos, sin=sin)
     cos, sin = library.contiguous_fp32(cos), library.contiguous_fp32(sin)
     for x, out in zip((q, k), outputs, strict=True):
         if x is not None:
             library.cpp.rope(x, cos, sin, sign, out)
 
 
-# What the two backends have in common. rotate(q, k, cos, sin, sign, outputs) skips a None.
+def _check_halves(**tables):
+    """Of the last angles, which tell. On a GPU looking would mean waiting."""
+    for name, table in tables.items():
+        first, second = table[-1:].chunk(2, 1)
+        if not torch.equal(first, second):
+            raise ValueError(f"{name} must be (T, D) with equal halves, got two that differ")
+
+
+# What the backends have in common. rotate(q, k, cos, sin, sign, outputs) skips a None.
 
 
 def rope_forward(q, k, cos, sin, *, rotate):
@@ -137,6 +146,7 @@ def rope_backward(dq, dk, cos, sin, want_q, want_k, *, rotate):
 
 def rope_inplace(q, k, cos, sin, inverse, *, rotate):
     rotate(q, k, cos, sin, -1.0 if inverse else 1.0, (q, k))
+    torch.autograd.graph.increment_version((q, k))  # as PyTorch's own do, for those who look
 
 
 def _fake(q, k, cos, sin):
@@ -164,7 +174,7 @@ rope_op.register(
     "reference",
     forward=rope_reference,
     backward=rope_backward_reference,
-    inplace=rope_inplace_reference,
+    inplace=partial(rope_inplace, rotate=_rotate_reference),
 )
 for _backend, _rotate_by in (("triton", _rotate_triton), ("cpp", _rotate_cpp)):
     rope_op.register(
@@ -200,8 +210,8 @@ def rope(
 
     q: (B, T, H, D), k: (B, T, Hkv, D), cos, sin: (T, D) with equal halves, D even.
     Returns new tensors of the shapes and dtypes of q and k. cos and sin are constants: asking
-    for their gradient raises ValueError, as do sizes that do not match; TypeError for dtypes.
-    Source: Su et al. 2021.
+    for their gradient raises ValueError, as do sizes that do not match and, in C++, halves that
+    differ; TypeError for dtypes. Source: Su et al. 2021.
     """
     library.check_floating(q=q, k=k, cos=cos, sin=sin)
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
@@ -213,6 +223,10 @@ def rope(
             f"cos and sin must be (T, D) = {(q.shape[1], q.shape[3])} with D even,"
             f" got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
+    check_constant(cos, sin)
+    return torch.ops.llamapro.rope(q, k, cos, sin)
+
+
+def check_constant(cos, sin):
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos and sin are constants, got one that requires a gradient")
-    return torch.ops.llamapro.rope(q, k, cos, sin)

@@ -1,9 +1,17 @@
 """`decoder_block` against the composition of the public ops; what it keeps, and what it skips."""
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import llamapro_kernels as lk
 from llamapro_kernels import product
@@ -171,7 +179,7 @@ def saved_bytes(save, wanted="frozen", dtype=torch.bfloat16):
     for name, t in zip(FIELDS, w, strict=False):
         t.requires_grad_(name in WANTED[wanted]) if t is not None else None
     x = torch.randn(1, tokens, width, dtype=dtype).requires_grad_("x" in WANTED[wanted])
-    angles = torch.rand(tokens, dim)
+    angles = torch.rand(tokens, dim // 2).repeat(1, 2)
     kept = {}
 
     def pack(t):
@@ -237,24 +245,104 @@ def test_autocast(monkeypatch, emulated):
         torch.testing.assert_close(ours[name].bfloat16(), value)
 
 
+def test_selective_checkpointing_is_right_or_refused():
+    """A policy that keeps the projection would rotate it twice; PyTorch sees that it changed."""
+    x, weights, table, dy = make(torch.float32)
+    leaves = [t.requires_grad_() for t in (x, *weights.values())]
+    expected = torch.autograd.grad(
+        lk.decoder_block(x, lk.BlockWeights(**weights), *table), leaves, dy
+    )
+
+    def checkpointed(kept):
+        def policy(context, op, *args, **options):
+            keep = op in kept
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        y = checkpoint(
+            *(lk.decoder_block, x, lk.BlockWeights(**weights), *table),
+            use_reentrant=False,
+            context_fn=contexts,
+        )
+        return torch.autograd.grad(y, leaves, dy)
+
+    ops = torch.ops
+    for kept in ((), (ops.llamapro.flash_attention.default,)):
+        assert all(torch.equal(*pair) for pair in zip(checkpointed(kept), expected, strict=True))
+    products = ops.aten.mm.default, ops.aten.addmm.default, ops.mkldnn._linear_pointwise.default
+    with pytest.raises(RuntimeError, match="has been mutated"):
+        checkpointed(products)
+
+
+def test_what_was_saved_is_unpacked_once():
+    """Offloading copies back each tensor that is unpacked."""
+    x, weights, table, dy = make(torch.float32)
+    count = Counter()
+
+    def pack(t):
+        count["packed"] += 1
+        return t.detach()
+
+    def unpack(t):
+        count["unpacked"] += 1
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y = lk.decoder_block(x.requires_grad_(), lk.BlockWeights(**weights), *table)
+    y.backward(dy)
+    assert count["packed"] == count["unpacked"] > 0
+
+
+BAD_CACHES = {
+    "another dtype": (TypeError, lambda k, v: (k.bfloat16(), v.bfloat16())),
+    "heads first": (ValueError, lambda k, v: (k.transpose(1, 2), v.transpose(1, 2))),
+    "v shorter than k": (ValueError, lambda k, v: (k, v[:, :3])),
+    "another head dimension": (ValueError, lambda k, v: (k[..., :4], v[..., :4])),
+    "another batch": (ValueError, lambda k, v: (k[:1], v[:1])),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CACHES)
+def test_what_a_cache_returns_is_checked(bad):
+    x, weights, table, _ = make(torch.float32)
+    error, cache = BAD_CACHES[bad]
+    with pytest.raises(error, match="got"):
+        lk.decoder_block(x, lk.BlockWeights(**weights), *table, cache=cache)
+
+
 def test_bad_input_is_refused():
     x, weights, (cos, sin), _ = make(torch.float32)
     w = lk.BlockWeights(**weights)
-    for message, call in {
-        "save must be one of": lambda: lk.decoder_block(x, w, cos, sin, save="some"),
-        r"got \(2, 9, 24\), \(8, 8\)": lambda: lk.decoder_block(x, w, cos[:8], sin[:8]),
-        "weights for N = 24 and D = 8 expected": lambda: lk.decoder_block(
-            x, w._replace(gate_up=w.gate_up[1:]), cos, sin
+
+    def call(x=x, w=w, cos=cos, sin=sin, **options):
+        return lk.decoder_block(x, w, cos, sin, **options)
+
+    two_key_heads_three_query_heads = w._replace(qkv=w.qkv[:56], o_proj=w.o_proj[:, :24])
+    for error, message, arguments in (
+        (ValueError, "save must be one of", {"save": "some"}),
+        (ValueError, r"got \(2, 9, 24\), \(8, 8\)", {"cos": cos[:8], "sin": sin[:8]}),
+        (ValueError, "for N = 24 and D = 8", {"w": w._replace(gate_up=w.gate_up[1:])}),
+        (ValueError, r"'qkv_bias': \(7,\)", {"w": w._replace(qkv_bias=w.qkv_bias[:7])}),
+        (ValueError, r"'qkv': \(56, 24\)", {"w": two_key_heads_three_query_heads}),
+        (ValueError, r"'qkv': \(\)", {"w": w._replace(qkv=w.qkv.sum())}),
+        (ValueError, "window must be at least 1", {"window": 0}),
+        (ValueError, "constants", {"cos": cos.clone().requires_grad_()}),
+        (TypeError, "BlockWeights, got tuple", {"w": tuple(w)}),
+        (TypeError, "o_proj must be a tensor .* got NoneType", {"w": w._replace(o_proj=None)}),
+        (TypeError, "o_proj must be of x's dtype", {"w": w._replace(o_proj=w.o_proj.bfloat16())}),
+        (TypeError, "x's dtype, torch.bfloat16, got torch.float32", {"x": x.bfloat16()}),
+        (
+            ValueError,
+            "no gradients through a cache",
+            {"x": x.clone().requires_grad_(), "cache": lambda k, v: (k, v)},
         ),
-        r"got \(\(24,\), \(56, 24\), \(24, 24\)": lambda: (
-            lk.decoder_block(  # 2 key heads, 3 query heads
-                x, w._replace(qkv=w.qkv[:56], o_proj=w.o_proj[:, :24]), cos, sin
-            )
-        ),
-        "window must be at least 1": lambda: lk.decoder_block(x, w, cos, sin, window=0),
-        "no gradients through a cache": lambda: lk.decoder_block(
-            x.requires_grad_(), w, cos, sin, cache=lambda k, v: (k, v)
-        ),
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            call()
+    ):
+        with pytest.raises(error, match=message):
+            call(**arguments)
+
+
+def test_norms_of_another_dtype():
+    x, weights, table, _ = make(torch.bfloat16)
+    w = lk.BlockWeights(**weights)
+    wider = w._replace(attention_norm=w.attention_norm.float(), mlp_norm=w.mlp_norm.float())
+    assert torch.equal(lk.decoder_block(x, wider, *table), lk.decoder_block(x, w, *table))

@@ -120,6 +120,7 @@ def test_unknown_fields_survive(tiny_path):
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim must be even, at least 2, got 7"),
         ({"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
         ({"llama_pro": {"new_blocks": [9]}}, r"\[9\]"),
     ],
@@ -274,10 +275,21 @@ def test_no_new_block_to_train(tiny):
 @torch.no_grad()
 def test_cache_grows_by_what_it_is_given(tiny):
     model = tiny()
-    cache = KVCache(model, 1, 8)
+    cache = KVCache(model, 8)
     model(torch.randint(61, (1, 3)), cache=cache)
     model(torch.randint(61, (1, 2)), cache=cache)
     assert cache.length == 5
+    with pytest.raises(ValueError, match="room for 8 tokens, got 9"):
+        model(torch.randint(61, (1, 4)), cache=cache)
+
+
+@torch.no_grad()
+def test_cached_generation_under_autocast(tiny):
+    """The keys are kept in the dtype in which the blocks compute."""
+    model, tokens = tiny(), torch.randint(61, (2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        cached = model(tokens, cache=KVCache(model, 8))
+        assert torch.equal(cached, model(tokens))
 
 
 def test_smollm2_equals_transformers(smollm2):

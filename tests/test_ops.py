@@ -374,6 +374,7 @@ def test_rope_in_place(_, backend, dtype, inverse):
         rotated = ops.rope_backward(q, k, *table, True, True) if inverse else ops.rope(q, k, *table)
         assert ops.rope_inplace(q, k, *table, inverse) is None
     assert torch.equal(qkv, torch.cat((*rotated, before), 2))
+    assert qkv._version > 0  # so that whoever keeps the projection sees that it was changed
 
 
 @pytest.mark.parametrize("documents", [None, [0, 5, 19]], ids=str)
@@ -391,6 +392,14 @@ def test_packed_gradients_of_attention(_, backend, dtype, documents):
         assert torch.equal(ops.flash_attention_backward_packed(*saved), torch.cat(apart, 2))
 
 
+@pytest.mark.skipif(library.WHY_NO_EXTENSION is not None, reason="C++ alone looks at the values")
+def test_halves_of_a_rotary_table_that_differ():
+    """Frequencies side by side are another convention."""
+    q, angles = torch.ones(1, 4, 2, 8), torch.rand(4, 4).repeat_interleave(2, -1)
+    with lk.use_backend("cpp"), pytest.raises(ValueError, match=r"cos must be .* equal halves"):
+        lk.rope(q, q, angles.cos(), angles.sin())
+
+
 def test_weights_of_another_dtype():
     """bf16 activations with an fp32 norm weight or rope table: results in x's dtype."""
     x, weight = torch.randn(4, 32).bfloat16().requires_grad_(), torch.randn(32, requires_grad=True)
@@ -405,11 +414,27 @@ def test_weights_of_another_dtype():
     assert ((rotated.double() - exact).abs() <= torch.finfo(q.dtype).eps * exact.abs() + 1e-6).all()
 
 
-def test_autocast_does_not_lower_the_sums():
-    q = torch.randn(1, 8, 2, 16)
-    expected = lk.flash_attention(q, q, q)
+AUTOCAST = {
+    "attention": lambda x, weight: lk.flash_attention(
+        x[None, :, None], *[weight[None, :, None]] * 2
+    ),
+    "linear_swiglu": lk.linear_swiglu,
+    "mean loss": lambda x, weight: lk.linear_cross_entropy(x, weight, torch.arange(6)),
+    "losses": lambda *xs: lk.linear_cross_entropy(*xs, torch.arange(6), reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_products_run_in_the_dtype_of_autocast(name):
+    """To the bit as in that dtype, so that sums stay in fp32; gradients have their leaf's dtype."""
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    expected = AUTOCAST[name](x.bfloat16(), weight.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(lk.flash_attention(q, q, q), expected)
+        y = AUTOCAST[name](x, weight.bfloat16())  # of two dtypes, as products under autocast may be
+    assert y.dtype == expected.dtype and torch.equal(y, expected)
+    grads = (torch.autograd.grad(o.float().square().sum(), (x, weight)) for o in (y, expected))
+    for got, value in zip(*grads, strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, value)
 
 
 def test_targets_that_are_a_column():
@@ -470,12 +495,21 @@ REFUSED = {
     "residual shape": (ValueError, r"\(2, 4\)", lambda: lk.add_rms_norm(x23, torch.ones(2, 4), w3)),
     "odd gate_up": (ValueError, r"\(2, 3\)", lambda: lk.swiglu(x23)),
     "short table": (ValueError, r"\(3, 8\)", lambda: lk.rope(q4, q4, table[:3], table[:3])),
+    "no list": (TypeError, "got list", lambda: lk.swiglu([1.0, 2.0])),
+    "float8": (
+        TypeError,
+        "float8_e4m3fn",
+        lambda: lk.swiglu(torch.ones(2, 4).to(torch.float8_e4m3fn)),
+    ),
+    "half a table": (ValueError, r"\(4, 4\)", lambda: lk.rope(q4, q4, table[:, :4], table[:, :4])),
     "table gradient": (
         ValueError,
         "constants",
         lambda: lk.rope(q4, q4, table.clone().requires_grad_(), table),
     ),
     "heads": (ValueError, "divide", lambda: lk.flash_attention(q4, *[torch.ones(1, 4, 3, 8)] * 2)),
+    "no heads": (ValueError, "divide", lambda: lk.flash_attention(q4, *[q4[:, :, :0]] * 2)),
+    "no dimension": (ValueError, "at least 1", lambda: lk.flash_attention(*[q4[..., :0]] * 3)),
     "mixed dtypes": (TypeError, "float64", lambda: lk.flash_attention(q4, q4, q4.double())),
     "window without causal": (
         ValueError,
@@ -486,6 +520,11 @@ REFUSED = {
         ValueError,
         "int64",
         lambda: lk.flash_attention(q4, q4, q4, cu_seqlens=torch.tensor([0, 4])),
+    ),
+    "a list of documents": (
+        TypeError,
+        "got list",
+        lambda: lk.flash_attention(q4, q4, q4, cu_seqlens=[0, 4]),
     ),
     "documents that end early": (ValueError, r"from 0 to T = 4, got \[0, 2\]", packed(0, 2)),
     "documents that start late": (ValueError, r"got \[1, 4\]", packed(1, 4)),

@@ -63,11 +63,13 @@ def place_blocks(
             f"new_blocks must be between 1 and the {blocks} blocks of the base, got {new_blocks}"
         )
     base = [Slot(i, False) for i in range(blocks)]
+    if placement == "interleaved":
+        return _interleave(base, new_blocks, per_group)
+    if per_group != 1:
+        raise ValueError(f"per_group is for interleaved blocks, got {per_group} for {placement!r}")
     if placement == "prefix":
         return [Slot(i, True) for i in range(new_blocks)] + base
-    if placement == "suffix":
-        return base + [Slot(i, True) for i in range(blocks - new_blocks, blocks)]
-    return _interleave(base, new_blocks, per_group)
+    return base + [Slot(i, True) for i in range(blocks - new_blocks, blocks)]
 
 
 def _interleave(base: list[Slot], new_blocks: int, per_group: int) -> list[Slot]:

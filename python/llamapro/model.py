@@ -63,6 +63,8 @@ class LlamaConfig:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, at least 2, got {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads},"
@@ -296,7 +298,7 @@ class Llama(nn.Module):
         eos = self.config.eos_token_id if stop is None else stop
         ids = [eos] if isinstance(eos, int) else list(eos or ())
         stop = torch.tensor(ids, dtype=torch.long, device=tokens.device)
-        cache = KVCache(self, tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        cache = KVCache(self, tokens.shape[1] + max_new_tokens)
         ended = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
         step = tokens
         for _ in range(max_new_tokens):
@@ -323,22 +325,22 @@ class Llama(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, with room for `capacity` of them."""
+    """Keys and values of the tokens so far, in the dtype of the first, with room for `capacity`."""
 
-    def __init__(self, model: Llama, batch: int, capacity: int):
-        weight, config = model.embed_tokens.weight, model.config
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-        self.length = 0
-        self.pairs = [
-            tuple(torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in "kv")
-            for _ in model.blocks
-        ]
+    def __init__(self, model: Llama, capacity: int):
+        self.length, self.capacity = 0, capacity
+        self.pairs: list[tuple[torch.Tensor, ...] | None] = [None] * len(model.blocks)
 
     def of_block(self, i: int):
         """The `cache` argument of `lk.decoder_block` for block i."""
 
         def append(k, v):
             end = self.length + k.shape[1]
+            if end > self.capacity:
+                raise ValueError(f"the cache has room for {self.capacity} tokens, got {end}")
+            if self.pairs[i] is None:
+                shape = (k.shape[0], self.capacity, *k.shape[2:])
+                self.pairs[i] = tuple(k.new_empty(shape) for _ in "kv")
             for kept, new in zip(self.pairs[i], (k, v), strict=True):
                 kept[:, self.length : end] = new
             return tuple(kept[:, :end] for kept in self.pairs[i])

@@ -49,6 +49,11 @@ class BuildLibraries(build_ext):
             super(BuildLibraries, build).build_extension(extension)
         except Exception as error:
             say(f"{extension.name} is not built: {error}")
+            for path in (
+                self.get_ext_fullpath,
+                self.get_ext_filename,
+            ):  # an earlier build, in place
+                Path(path(extension.name)).unlink(missing_ok=True)
 
 
 def extensions():

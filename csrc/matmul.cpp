@@ -135,7 +135,9 @@ inline void check(const Tensor& a, const Tensor& b, const Tensor& result, Scalar
   STD_TORCH_CHECK(
       a.size(1) == b.size(0) && a.size(1) > 0 && result.size(0) == a.size(0) &&
           result.size(1) == b.size(1) && result.stride(1) == 1,
-      "(M, K) times (K, N) expected, of which something is summed, into rows of neighbours");
+      "(M, K) times (K, N) expected, K at least 1, into (M, N) with rows of neighbours, got (",
+      a.size(0), ", ", a.size(1), "), (", b.size(0), ", ", b.size(1), ") and (", result.size(0),
+      ", ", result.size(1), ") with steps of ", result.stride(1));
 }
 
 // out (M, N) = a (M, K) b (K, N) + residual (M, N) in bf16; or with `total`, (M, N) in fp32,

@@ -7,7 +7,9 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 
 #include "common.h"
 
@@ -279,16 +281,24 @@ inline void multiply<TiledPair>(
 #endif
 
 // Runs task(index) for all tasks, each as soon as a thread is free; a thread makes its own worker.
-// Products may be taken in there.
+// Products may be taken in there. What a thread throws, the caller gets: torch's would lose it.
 template <class MakeWorker>
 inline void run_tasks(int64_t tasks, const MakeWorker& make_worker) {
   std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex one_at_a_time;
   const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const Tiles tiles;
-    auto worker = make_worker();
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) worker(task);
+    try {
+      const Tiles tiles;
+      auto worker = make_worker();
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) worker(task);
+    } catch (...) {
+      const std::lock_guard lock(one_at_a_time);
+      error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 // A stage of the transposition of LANES vectors: swaps what lies STEP off the diagonal.

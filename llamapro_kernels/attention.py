@@ -117,7 +117,7 @@ def _fake_backward_packed(do, q, k, v, o, lse, cu_seqlens, causal, scale, window
     return q.new_empty((*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]))
 
 
-def flash_attention_forward_cpp(q, k, v, cu_seqlens, causal, scale, window):
+def _attend_cpp(q, k, v, cu_seqlens, causal, scale, window):
     o, lse = _fake(q, k, v, cu_seqlens, causal, scale, window)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     library.cpp.flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, o, lse)
@@ -131,8 +131,16 @@ def _differentiate_cpp(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, d
     )
 
 
-# What the two backends have in common: differentiate(..., dq, dk, dv) writes the gradients that are
-# not None, of any strides.
+# What the backends have in common: attend(...) gives o and lse; differentiate(..., dq, dk, dv)
+# writes the gradients that are not None, of any strides.
+
+
+def flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, *, attend):
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":  # elsewhere it would wait
+        cuts = cu_seqlens.tolist()
+        if len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != q.shape[1] or cuts != sorted(cuts):
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[1]}, got {cuts}")
+    return attend(q, k, v, cu_seqlens, causal, scale, window)
 
 
 def flash_attention_backward(
@@ -200,17 +208,17 @@ flash_attention_op = library.define(
 )
 flash_attention_op.register(
     "reference",
-    forward=flash_attention_reference,
+    forward=partial(flash_attention_forward, attend=flash_attention_reference),
     backward=flash_attention_backward_reference,
     backward_packed=flash_attention_backward_packed_reference,
 )
-for _backend, _forward, _differentiate in (
+for _backend, _attend, _differentiate in (
     ("triton", attention_triton.flash_attention_forward, attention_triton.differentiate),
-    ("cpp", flash_attention_forward_cpp, _differentiate_cpp),
+    ("cpp", _attend_cpp, _differentiate_cpp),
 ):
     flash_attention_op.register(
         _backend,
-        forward=_forward,
+        forward=partial(flash_attention_forward, attend=_attend),
         backward=partial(flash_attention_backward, differentiate=_differentiate),
         backward_packed=partial(flash_attention_backward_packed, differentiate=_differentiate),
     )
@@ -256,8 +264,8 @@ def flash_attention(
     (B, T, H, D). `scale` defaults to 1 / sqrt(D). `causal`: the last query sees the last key and
     each earlier one a key less. `window` W (causal only): a query sees itself and the W - 1
     tokens before it. `cu_seqlens` (int32, (documents + 1,), from 0 to T): documents lie one after
-    the other in a batch of one, S = T, and see only themselves; what it holds is checked on a CPU,
-    outside torch.compile. Under autocast it runs, and returns, in autocast's dtype.
+    the other in a batch of one, S = T, and see only themselves; what it holds is checked on a CPU
+    alone. Under autocast the op runs, and returns, in autocast's dtype.
     Raises TypeError for dtypes and ValueError for shapes or options that do not fit.
     Source: Dao 2023, "FlashAttention-2".
     """
@@ -304,8 +312,3 @@ def check_documents(q, k, cu_seqlens):
             "packed documents need a batch of one and S = T,"
             f" got q {tuple(q.shape)} and k {tuple(k.shape)}"
         )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # looking at the values would wait for the device
-    cuts = cu_seqlens.tolist()
-    if not cuts or cuts[0] != 0 or cuts[-1] != q.shape[1] or cuts != sorted(cuts):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {q.shape[1]}, got {cuts}")

@@ -117,8 +117,8 @@ def _attention_half(x, w, settings, cache=None):
     # A product of matrices: the version of its result counts what is done to views of it.
     qkv = linear(normed.flatten(0, 1), w.qkv, w.qkv_bias)
     qkv = qkv.view(batch, length, heads + 2 * kv_heads, dim)
+    ops.rope_inplace(qkv[:, :, : heads + kv_heads], settings.cos, settings.sin, False)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
-    ops.rope_inplace(q, k, settings.cos, settings.sin, False)
     if cache is not None:
         k, v = cache(k, v)
         check_operands(q, k, v)
@@ -198,9 +198,8 @@ def _qkv_backward(do, kept, settings):
         *(do, kept.q, kept.k, kept.v, kept.o, kept.lse, settings.cu_seqlens),
         *(True, kept.q.shape[-1] ** -0.5, settings.window),
     )
-    heads, kv_heads = kept.q.shape[2], kept.k.shape[2]
-    dq, dk, _ = dqkv.split((heads, kv_heads, kv_heads), 2)
-    ops.rope_inplace(dq, dk, settings.cos, settings.sin, True)
+    rotated = kept.q.shape[2] + kept.k.shape[2]
+    ops.rope_inplace(dqkv[:, :, :rotated], settings.cos, settings.sin, True)
     return dqkv.flatten(2)
 
 
@@ -280,7 +279,8 @@ def decoder_block(
     not fit. Source: Touvron et al. 2023.
     """
     _check(x, weights, cos, sin, window, cu_seqlens, save)
-    settings = Settings(cos, sin, cu_seqlens, eps, window, save)
+    # float: a default that Dynamo makes a symbol (dynamic=True) cannot enter the next block's node.
+    settings = Settings(cos, sin, cu_seqlens, float(eps), window, save)
     computed, *weights = library.in_autocast(x, *weights)
     weights = BlockWeights(*weights)
     _check_dtypes(computed, weights)

@@ -154,6 +154,7 @@ def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *
 
 def _backward_weight(dloss, x, weight, targets, lse, ignore_index, *, gradient):
     """gradient(logits, targets, ignore_index, lse, dloss) turns logits to their gradient."""
+    _check_targets(targets, ignore_index, weight.shape[0])  # again: NumPy may have written to them
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
     targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):
@@ -323,6 +324,8 @@ def linear_cross_entropy(
             "x and weight must have one dtype and targets int64 or int32,"
             f" got {x.dtype}, {weight.dtype}, {targets.dtype}"
         )
+    if targets.device != x.device:
+        raise ValueError(f"targets are on {targets.device}, x on {x.device}: one device expected")
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or targets.shape != x.shape[:-1]:
         raise ValueError(
             "x (..., D), weight (V, D) and targets (...) expected,"

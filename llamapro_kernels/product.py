@@ -54,7 +54,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) ->
         return _by_fp32(a, b, out=out)
     if _is_tiled(a, b):
         return _by_tiles(a, b, out)
-    if not _takes_onednn(a):
+    if not _takes_onednn(a, b):
         return a @ b if out is None else torch.mm(a, b, out=out)
     if out is None:
         return _linear(a, b.T)
@@ -79,31 +79,34 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
             total[rows] += a[rows] @ b
 
 
-def _takes_onednn(x):
-    if not MKL_IS_SLOW or x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
+def _takes_onednn(a, b, bias=None):
+    if not MKL_IS_SLOW or a.dtype != torch.float32 or not _fits(a, b, bias):
         return False
     return not torch.compiler.is_compiling()  # which chooses libraries itself
 
 
 def _is_emulated(a, b, bias=None):
-    return a.dtype in EMULATED and _fits(a, b, bias)
+    return a.dtype in EMULATED and _fits(a, b, bias) and a.numel() >= ROWS * a.shape[-1]
 
 
 def _is_tiled(a, b):
-    return a.dtype in TILED and _fits(a, b) and not torch.compiler.is_compiling()
+    if a.dtype not in TILED or not _fits(a, b) or a.numel() < ROWS * a.shape[-1]:
+        return False
+    return not torch.compiler.is_compiling()
 
 
 def _fits(a, b, bias=None):
-    """On a CPU, and enough rows. What does not fit together is left to PyTorch, which says so."""
-    if a.device.type != "cpu" or a.dtype != b.dtype:
+    """On a CPU, and something to do. What does not fit is left to PyTorch, which says so."""
+    if a.device.type != "cpu" or a.dtype != b.dtype or b.dim() != 2 or a.shape[-1:] != b.shape[:1]:
         return False
     if bias is not None and (bias.dtype != a.dtype or bias.shape != b.shape[1:]):
         return False
-    return a.shape[-1] == b.shape[0] and a.numel() >= ROWS * a.shape[-1] > 0 and b.shape[1] > 0
+    return a.numel() > 0 and b.numel() > 0
 
 
 def _linear(x, weight, bias=None):
-    if _takes_onednn(x):
+    if _takes_onednn(x, weight.T, bias):
+        bias = None if bias is None else bias.contiguous()  # oneDNN takes it to be
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -136,7 +139,7 @@ def _add_by_fp32(total, a, b):
         left, right = a[:, depth].float(), b[depth].float()
         if total is None or total.dim() == 1:
             total = _linear(left, right.T, total)
-        elif _takes_onednn(left):
+        elif _takes_onednn(left, right):
             total += _linear(left, right.T)
         else:
             torch.addmm(total, left, right, out=total)

@@ -5,8 +5,8 @@
 
 q is (B, T, H, D), k (B, T, Hkv, D), cos and sin (T, D) with equal halves: each frequency stands
 twice. Any floating dtype, products in fp32 (fp64 for fp64). Saved for backward: cos and sin only.
-Bytes moved at least: read and write q and k once. `llamapro::rope_inplace` rotates where q and k
-are, for callers that own them: a decoder block, inside its packed projection.
+Bytes moved at least: read and write q and k once. `llamapro::rope_inplace` rotates heads where
+they are, for a caller that owns them: a decoder block, inside its packed projection.
 
 Source: Su et al. 2021, "RoFormer".
 """
@@ -110,7 +110,8 @@ def _rotate_triton(q, k, cos, sin, sign, outputs):
 
 def _rotate_reference(q, k, cos, sin, sign, outputs):
     for x, out in zip((q, k), outputs, strict=True):
-        out.copy_(_rotate(x, cos, sign * sin))
+        if x is not None:
+            out.copy_(_rotate(x, cos, sign * sin))
 
 
 def _rotate_cpp(q, k, cos, sin, sign, outputs):
@@ -144,9 +145,10 @@ def rope_backward(dq, dk, cos, sin, want_q, want_k, *, rotate):
     return outputs
 
 
-def rope_inplace(q, k, cos, sin, inverse, *, rotate):
-    rotate(q, k, cos, sin, -1.0 if inverse else 1.0, (q, k))
-    torch.autograd.graph.increment_version((q, k))  # as PyTorch's own do, for those who look
+def rope_inplace(x, cos, sin, inverse, *, rotate):
+    """One tensor: of two views of one buffer, inductor loses where the second starts."""
+    rotate(x, None, cos, sin, -1.0 if inverse else 1.0, (x, None))
+    torch.autograd.graph.increment_version(x)  # as PyTorch's own do, for those who look
 
 
 def _fake(q, k, cos, sin):
@@ -163,11 +165,11 @@ rope_op = library.define(
     forward="(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     backward="(Tensor? dq, Tensor? dk, Tensor cos, Tensor sin, bool want_q, bool want_k)"
     " -> (Tensor, Tensor)",
-    inplace="(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, bool inverse) -> ()",
+    inplace="(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()",
     fakes={
         "forward": _fake,
         "backward": _fake_backward,
-        "inplace": lambda q, k, cos, sin, inverse: None,
+        "inplace": lambda x, cos, sin, inverse: None,
     },
 )
 rope_op.register(
@@ -208,12 +210,14 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and k by the angles whose cosine and sine are given.
 
-    q: (B, T, H, D), k: (B, T, Hkv, D), cos, sin: (T, D) with equal halves, D even.
-    Returns new tensors of the shapes and dtypes of q and k. cos and sin are constants: asking
-    for their gradient raises ValueError, as do sizes that do not match and, in C++, halves that
-    differ; TypeError for dtypes. Source: Su et al. 2021.
+    q: (B, T, H, D), k: (B, T, Hkv, D) of one floating dtype, cos, sin: (T, D) with equal halves, D
+    even, of any. Returns new tensors of the shapes and the dtype of q and k. cos and sin are
+    constants: asking for their gradient raises ValueError, as do sizes that do not match and, in
+    C++, halves that differ; TypeError for dtypes. Source: Su et al. 2021.
     """
     library.check_floating(q=q, k=k, cos=cos, sin=sin)
+    if q.dtype != k.dtype:
+        raise TypeError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}")
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q (B, T, H, D) and k (B, T, Hkv, D) expected, got {tuple(q.shape)}, {tuple(k.shape)}"

@@ -229,6 +229,25 @@ def test_fullgraph_compile(save, wanted):
             torch.testing.assert_close(ours[name], value)
 
 
+def test_inductor_with_shapes_that_vary():
+    """A whole step of two blocks, whose head dimension and counts are symbols of the graph."""
+    torch.compiler.reset()
+
+    def two(x, w, cos, sin):
+        return lk.decoder_block(lk.decoder_block(x, w, cos, sin), w, cos, sin)
+
+    compiled = torch.compile(two, dynamic=True)
+    x, weights, table, dy = make(torch.float32)
+    leaves = [t.requires_grad_() for t in (x, *weights.values())]
+    expected = two(x, lk.BlockWeights(**weights), *table)
+    y = compiled(x, lk.BlockWeights(**weights), *table)
+    torch.testing.assert_close(y, expected)
+    for got, value in zip(
+        *(torch.autograd.grad(o, leaves, dy) for o in (y, expected)), strict=True
+    ):
+        torch.testing.assert_close(got, value)
+
+
 @pytest.mark.parametrize("emulated", [False, True])
 def test_autocast(monkeypatch, emulated):
     """The block runs in autocast's dtype; results and gradients have the dtypes of what came in.

@@ -357,7 +357,7 @@ def test_loss_scales_of_mixed_precision_trainers(dtype, upstream):
 
 
 def projection(dtype):
-    """(qkv, q, k, v): the last three as views of a packed projection."""
+    """(qkv, q, k, v): the last three as views of a packed projection of 4, 2 and 2 heads."""
     qkv = torch.randn(2, 19, 4 + 2 * 2, 32, device=DEVICE).to(dtype)
     return qkv, *qkv.split((4, 2, 2), 2)
 
@@ -372,7 +372,7 @@ def test_rope_in_place(_, backend, dtype, inverse):
     ops = torch.ops.llamapro
     with lk.use_backend(backend):
         rotated = ops.rope_backward(q, k, *table, True, True) if inverse else ops.rope(q, k, *table)
-        assert ops.rope_inplace(q, k, *table, inverse) is None
+        assert ops.rope_inplace(qkv[:, :, :6], *table, inverse) is None
     assert torch.equal(qkv, torch.cat((*rotated, before), 2))
     assert qkv._version > 0  # so that whoever keeps the projection sees that it was changed
 
@@ -451,6 +451,25 @@ def test_targets_that_are_a_column():
             assert torch.equal(*(torch.autograd.grad(o, w)[0] for o in (loss, copied)))
 
 
+@pytest.mark.parametrize("cuts", [[0], [], [0, 3], [2, 6], [0, 4, 2, 6]], ids=str)
+def test_compiled_graphs_check_documents_too(cuts):
+    torch.compiler.reset()
+    attend = torch.compile(lk.flash_attention, backend="aot_eager", fullgraph=True)
+    q = torch.randn(1, 6, 2, 8)
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to T = 6, got \["):
+        attend(q, q, q, cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+
+
+def test_targets_that_change_before_backward():
+    """Written to by NumPy, which autograd does not see: no memory beyond the vocabulary is."""
+    x, weight = torch.randn(6, 8), torch.randn(9, 8, requires_grad=True)
+    targets = torch.randint(9, (6,))
+    losses = lk.linear_cross_entropy(x, weight, targets, reduction="none")
+    targets.numpy()[0] = 9
+    with pytest.raises(IndexError, match="got 9"):
+        losses.sum().backward()
+
+
 @pytest.mark.parametrize("window", [5, 6, 2**31 - 1, 2**40])
 def test_a_window_that_hides_nothing(window):
     q, k = (torch.randn(1, 5, 2, 16, device=DEVICE, requires_grad=True) for _ in "qk")
@@ -501,6 +520,11 @@ REFUSED = {
         "float8_e4m3fn",
         lambda: lk.swiglu(torch.ones(2, 4).to(torch.float8_e4m3fn)),
     ),
+    "q and k": (
+        TypeError,
+        "float32 and torch.float64",
+        lambda: lk.rope(q4, q4.double(), table, table),
+    ),
     "half a table": (ValueError, r"\(4, 4\)", lambda: lk.rope(q4, q4, table[:, :4], table[:, :4])),
     "table gradient": (
         ValueError,
@@ -535,6 +559,11 @@ REFUSED = {
         lambda: lk.flash_attention(*[q4.expand(2, -1, -1, -1)] * 3, cu_seqlens=ids.int()),
     ),
     "target id": (IndexError, "got 9", lambda: lk.linear_cross_entropy(x23, head, ids + 9)),
+    "targets elsewhere": (
+        ValueError,
+        "targets are on meta, x on cpu",
+        lambda: lk.linear_cross_entropy(x23, head, ids.to("meta")),
+    ),
     "target shape": (ValueError, r"\(1,\)", lambda: lk.linear_cross_entropy(x23, head, ids[:1])),
     "reduction": (
         ValueError,

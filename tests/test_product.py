@@ -57,6 +57,23 @@ def test_values(rows, dtype):
     check(matmul(dy, weight), dy.double() @ weight.double())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_biases_with_a_stride(dtype):
+    x, weight = random(7, 24, dtype=dtype), random(37, 24, dtype=dtype)
+    for bias in (random(74, dtype=dtype)[::2], random(1, dtype=dtype).expand(37)):
+        check(linear(x, weight, bias), x.double() @ weight.double().T + bias.double())
+
+
+def test_what_does_not_fit_is_refused_as_by_pytorch():
+    x, weight = random(7, 24), random(37, 24)
+    for arguments in ((x, weight[:, 1:]), (x, weight.double()), (x, weight, random(36))):
+        with pytest.raises(RuntimeError) as expected:
+            torch.nn.functional.linear(*arguments)
+        with pytest.raises(RuntimeError) as error:
+            linear(*arguments)
+        assert str(error.value) == str(expected.value)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_transposed_and_into(dtype):
     dy, x = random(11, 37, dtype=dtype), random(11, 24, dtype=dtype)

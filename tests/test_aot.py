@@ -65,8 +65,8 @@ def meta(dtype, *shape):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-# The cases of an op: (what is special about the call, "forward" or "backward", the arguments of
-# the op's schema). All sizes are multiples of 16, so that every load can be the widest.
+# The cases of an op: (what is special about the call, "forward", "backward" or another schema, the
+# arguments of that schema). All sizes are multiples of 16, so that every load can be the widest.
 
 TYPED_WIDTHS = [(BF16, 576), (BF16, 4096), (BF16, 16384), (BF16, 32768), (FP32, 4096)]
 FROZEN_NORM = "bf16 4096"
@@ -103,6 +103,7 @@ def rope_cases():
         angles = meta(dtype, 2048, dim), meta(dtype, 2048, dim)
         yield f"{NAMES[dtype]} {dim}", "forward", (q, k, *angles)
     yield "bf16 256 dq", "backward", (q, None, *angles, True, False)
+    yield "bf16 256 in place", "inplace", (q, *angles, False)
 
 
 MASKS = {  # (documents, causal, window)

@@ -28,11 +28,15 @@ COMPILE = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10 and later
 ]
+INSTEAD = "PyTorch serves the ops instead"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
 
 
 class BuildLibraries(build_ext):
-    """Extensions that are loaded as libraries: they know nothing of Python."""
+    """Extensions that are loaded as libraries: they know nothing of Python.
+
+    One that is not built leaves none of an earlier build behind, here or in the source tree.
+    """
 
     def finalize_options(self):
         super().finalize_options()
@@ -49,10 +53,7 @@ class BuildLibraries(build_ext):
             super(BuildLibraries, build).build_extension(extension)
         except Exception as error:
             say(f"{extension.name} is not built: {error}")
-            for path in (
-                self.get_ext_fullpath,
-                self.get_ext_filename,
-            ):  # an earlier build, in place
+            for path in (self.get_ext_fullpath, self.get_ext_filename):
                 Path(path(extension.name)).unlink(missing_ok=True)
 
 
@@ -61,11 +62,13 @@ def extensions():
     if os.environ.get("LLAMAPRO_NO_EXTENSION") == "1":
         return []
     if sys.platform != "linux":
-        return say(f"the compiled ops on a CPU are for Linux, this is {sys.platform}")
+        say(f"the compiled ops on a CPU are for Linux, this is {sys.platform}; {INSTEAD}")
+        return []
     try:
         import torch
     except ImportError:
-        return say("no torch to build csrc/ with (is --no-build-isolation missing?)")
+        say(f"no torch to build csrc/ with (is --no-build-isolation missing?); {INSTEAD}")
+        return []
     root = Path(torch.__file__).parent
     sanitize = SANITIZE if os.environ.get("LLAMAPRO_SANITIZE") == "1" else []
     return [
@@ -84,8 +87,7 @@ def extensions():
 
 
 def say(line):
-    print(f"llamapro_kernels: {line}; PyTorch serves the ops instead", file=sys.stderr)
-    return []
+    print(f"llamapro_kernels: {line}", file=sys.stderr)
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibraries})

@@ -103,15 +103,15 @@ class Forward {
   void take_keys(const Head<T>& k, const Head<T>& v, int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += KEYS) {
       const int64_t count = std::min(KEYS, end - first);
-      packer_.rows(k, first, count, k_block(first));
-      packer_.interleaved_columns(v, first, count, v_block(first));
+      packer_.pack_rows(k, first, count, k_block(first));
+      packer_.pack_interleaved_columns(v, first, count, v_block(first));
     }
   }
 
-  void queries(const Head<T>& q, int64_t first, const Head<T>& o, float* lse) {
+  void attend_queries(const Head<T>& q, int64_t first, const Head<T>& o, float* lse) {
     const int64_t count = std::min(QUERIES, q.count - first);
     const int64_t end = options_.visible.end(first, count);
-    packer_.columns(q, first, count, {q_, QUERIES});
+    packer_.pack_columns(q, first, count, {q_, QUERIES});
     std::fill_n(peak_, QUERIES, -INFINITY);
     std::fill_n(total_, QUERIES, 0.0f);
     bool seen = false;
@@ -230,7 +230,7 @@ void forward(
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         float* head_lse = static_cast<float*>(lse.data_ptr()) + (batch * heads + head) * queries;
         for (int64_t query = first; query < last; query += QUERIES)
-          worker->queries({q, batch, head}, query, {o, batch, head}, head_lse);
+          worker->attend_queries({q, batch, head}, query, {o, batch, head}, head_lse);
       }
     };
   });
@@ -279,7 +279,7 @@ class Backward {
         dv_(want_v ? most_keys * packer_.padded() : 0) {}
 
   // dq: (query blocks, padded D, QUERIES) for each head of the group, this part's share.
-  void keys(
+  void differentiate_keys(
       int64_t batch, int64_t kv_head, int64_t begin, int64_t end, const std::optional<Tensor>& dk,
       const std::optional<Tensor>& dv, float* dq) {
     const int64_t group = saved_.q.size(2) / saved_.k.size(2);
@@ -309,10 +309,10 @@ class Backward {
         (batch * saved_.q.size(2) + head) * q.count;
     for (int64_t first = 0; first < q.count; first += QUERIES) {
       const int64_t count = std::min(QUERIES, q.count - first);
-      packer_.columns(q, first, count, columns(q_, first));
-      if (want_q_ || want_k_) packer_.columns(grad, first, count, columns(do_, first));
-      if (want_k_) packer_.interleaved(q, first, count, rows(q_rows_, first));
-      if (want_v_) packer_.interleaved(grad, first, count, rows(do_rows_, first));
+      packer_.pack_columns(q, first, count, columns(q_, first));
+      if (want_q_ || want_k_) packer_.pack_columns(grad, first, count, columns(do_, first));
+      if (want_k_) packer_.pack_interleaved(q, first, count, rows(q_rows_, first));
+      if (want_v_) packer_.pack_interleaved(grad, first, count, rows(do_rows_, first));
     }
     for (int64_t i = 0; i < q.count; ++i) lse_[i] = lse[i] * LOG2E;
     std::fill(lse_ + q.count, lse_ + padded_queries_, 0.0f);
@@ -334,11 +334,11 @@ class Backward {
 
   void take_keys(int64_t batch, int64_t kv_head, int64_t first, int64_t count) {
     const Head<T> k(saved_.k, batch, kv_head);
-    packer_.rows(k, first, count, {k_, packer_.elements()});
+    packer_.pack_rows(k, first, count, {k_, packer_.elements()});
     if (want_q_ || want_k_)
-      packer_.rows(Head<T>(*saved_.v, batch, kv_head), first, count, {v_, packer_.elements()});
+      packer_.pack_rows(Head<T>(*saved_.v, batch, kv_head), first, count, {v_, packer_.elements()});
     if (want_q_)
-      packer_.interleaved_columns(k, first, count, {k_columns_, KEYS / Element::WIDTH});
+      packer_.pack_interleaved_columns(k, first, count, {k_columns_, KEYS / Element::WIDTH});
   }
 
   Operand columns(float* data, int64_t first) const {
@@ -458,7 +458,7 @@ void backward(
       const int64_t begin = blocks * part / parts * KEYS;
       const int64_t end = std::min(keys, blocks * (part + 1) / parts * KEYS);
       float* share = want_q ? dq_parts + part * part_size + pair * group * head_size : nullptr;
-      worker->keys(pair / kv_heads, pair % kv_heads, begin, end, dk, dv, share);
+      worker->differentiate_keys(pair / kv_heads, pair % kv_heads, begin, end, dk, dv, share);
     };
   });
   if (!want_q) return;
@@ -494,6 +494,10 @@ void flash_attention_backward(
   const Options options{
       static_cast<float>(scale), {q.size(1), k.size(1), cu_seqlens, causal, window}};
   if (k.numel() == 0 && q.numel() == 0) return;
+  for (const std::optional<Tensor>& out : {dq, dk, dv})
+    STD_TORCH_CHECK(
+        !out || out->size(3) < 2 || out->stride(3) == 1,
+        "gradients with steps of 1 in a head expected, got ", out->stride(3));
   dispatch(q, [&](auto zero) {
     const Saved saved{grad, q, k, v, o, lse};
     backward<decltype(zero)>(saved, options, dq, dk, dv);

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t WIDE = 320, DEEP = 1024;  // of B, at most so much is packed at a time
 constexpr int64_t PACKED = 1 << 22;  // numbers of A, likewise
 constexpr int64_t STRIP = 32;  // rows that are multiplied at a time
-constexpr int64_t CACHED = 1 << 19;  // of the result, more are not found in a cache again
+constexpr int64_t CACHED = 1 << 19;  // a result of more numbers is not found in a cache again
 
 using Element = ElementOf<BFloat16>::type;
 using Matrix = Rows<BFloat16>;
@@ -44,7 +44,7 @@ class PackedRows {
       in_steps(a.count, 256, [&](int64_t row, int64_t rows) { pack_columns(a, row, rows); });
     } else {
       in_steps(a.count, STRIP, [&](int64_t row, int64_t rows) {
-        Packer<BFloat16>(a.width, 0).rows(a, row, rows, from(row, 0));
+        Packer<BFloat16>(a.width, 0).pack_rows(a, row, rows, from(row, 0));
       });
     }
   }
@@ -61,7 +61,7 @@ class PackedRows {
     Packer<BFloat16> packer(rows, DEPTH);
     const Matrix columns = transposed(part(a, row, rows, 0, a.width));
     for (int64_t k = 0; k < a.width; k += DEPTH)
-      packer.interleaved_columns(columns, k, std::min(DEPTH, a.width - k), from(row, k));
+      packer.pack_interleaved_columns(columns, k, std::min(DEPTH, a.width - k), from(row, k));
   }
 
   std::optional<Operand> in_place_;
@@ -71,11 +71,11 @@ class PackedRows {
 
 // b as (elements, columns).
 void pack_columns(const Matrix& b, Operand to) {
-  if (!runs_down(b)) return Packer<BFloat16>(b.width, 0).interleaved(b, 0, b.count, to);
+  if (!runs_down(b)) return Packer<BFloat16>(b.width, 0).pack_interleaved(b, 0, b.count, to);
   constexpr int64_t COUNT = 32;
   Packer<BFloat16> packer(b.count, COUNT);
   for (int64_t first = 0; first < b.width; first += COUNT)
-    packer.columns(
+    packer.pack_columns(
         transposed(b), first, std::min(COUNT, b.width - first), {to.data + first, to.stride});
 }
 

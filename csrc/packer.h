@@ -28,7 +28,7 @@ class Packer {
   int64_t padded() const { return padded_; }
 
   // (count, elements): a row of numbers is a row of elements.
-  void rows(const Rows<T>& from, int64_t first, int64_t count, Operand to) {
+  void pack_rows(const Rows<T>& from, int64_t first, int64_t count, Operand to) {
     for (int64_t i = 0; i < count; ++i) {
       std::fill(to.row(i) + dim_ / Element::WIDTH, to.row(i) + elements_, 0.0f);
       Element::pack_row(row(from, first + i, first_), dim_, to.row(i));
@@ -44,18 +44,18 @@ class Packer {
   }
 
   // (elements, count): the same transposed, and zeros beyond count up to whole_lanes.
-  void columns(const Rows<T>& from, int64_t first, int64_t count, Operand to) {
+  void pack_columns(const Rows<T>& from, int64_t first, int64_t count, Operand to) {
     const int64_t whole = whole_lanes<Element>(count);
     const std::optional<Operand> in_place = rows_in_place(from);
     if (in_place && count == whole)
       return transpose({in_place->row(first), in_place->stride}, count, elements_, to);
-    rows(from, first, count, {scratch_, elements_});
+    pack_rows(from, first, count, {scratch_, elements_});
     std::fill(scratch_ + count * elements_, scratch_ + whole * elements_, 0.0f);
     transpose({scratch_, elements_}, whole, elements_, to);
   }
 
-  // (count in DEPTHs / WIDTH, padded): elements along the rows; zeros beyond count and dim.
-  void interleaved(const Rows<T>& from, int64_t first, int64_t count, Operand to) {
+  // (round_up(count, DEPTH) / WIDTH, padded): elements along the rows; zeros beyond count and dim.
+  void pack_interleaved(const Rows<T>& from, int64_t first, int64_t count, Operand to) {
     const int64_t whole = round_up(count, Element::DEPTH);
     for (int64_t i = round_up(count, Element::WIDTH); i < whole; i += Element::WIDTH)
       std::fill_n(to.row(i / Element::WIDTH), padded_, 0.0f);
@@ -68,9 +68,9 @@ class Packer {
     }
   }
 
-  // (dim, count in DEPTHs / WIDTH): the same transposed.
-  void interleaved_columns(const Rows<T>& from, int64_t first, int64_t count, Operand to) {
-    interleaved(from, first, count, {scratch_, padded_});
+  // (dim, round_up(count, DEPTH) / WIDTH): the same transposed.
+  void pack_interleaved_columns(const Rows<T>& from, int64_t first, int64_t count, Operand to) {
+    pack_interleaved(from, first, count, {scratch_, padded_});
     transpose({scratch_, padded_}, round_up(count, Element::DEPTH) / Element::WIDTH, dim_, to);
   }
 

@@ -20,7 +20,8 @@ void rotate(const T* x, const float* cos, const float* sin, float sign, int64_t 
 void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign, const Tensor& out) {
   STD_TORCH_CHECK(x.dim() == 4, "x (B, T, H, D) expected, got ", x.dim(), " dimensions");
   const int64_t length = x.size(1), heads = x.size(2), dim = x.size(3);
-  STD_TORCH_CHECK(dim < 2 || out.stride(3) == 1, "out with steps of 1 expected, got ", out.stride(3));
+  STD_TORCH_CHECK(
+      dim < 2 || out.stride(3) == 1, "out with steps of 1 expected, got ", out.stride(3));
   const int64_t stride[] = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   const int64_t out_stride[] = {out.stride(0), out.stride(1), out.stride(2)};
   const float* cosines = static_cast<const float*>(cos.data_ptr());

@@ -132,7 +132,8 @@ def _differentiate_cpp(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, d
 
 
 # What the backends have in common: attend(...) gives o and lse; differentiate(..., dq, dk, dv)
-# writes the gradients that are not None, of any strides.
+# writes the gradients that are not None, of any strides but, in C++, with the numbers of a head as
+# neighbours.
 
 
 def flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, *, attend):
@@ -213,7 +214,7 @@ flash_attention_op.register(
     backward_packed=flash_attention_backward_packed_reference,
 )
 for _backend, _attend, _differentiate in (
-    ("triton", attention_triton.flash_attention_forward, attention_triton.differentiate),
+    ("triton", attention_triton.attend, attention_triton.differentiate),
     ("cpp", _attend_cpp, _differentiate_cpp),
 ):
     flash_attention_op.register(

@@ -15,8 +15,8 @@ from llamapro_kernels import library
 from llamapro_kernels.library import TensorDescriptor, tl, triton
 
 LOG2E = 1.4426950408889634  # the softmax is taken in base 2, for which GPUs have an instruction
-CACHE = 2**24  # bytes of the L2 that tiles which all programs of some heads read may take
-PROGRAMS = 4  # a processor, at least, before those of the next heads start
+L2_BYTES = 2**24  # for what the programs of the heads that run together all read
+PROGRAMS_PER_PROCESSOR = 4  # at least so many run before the next heads start
 # (BLOCK_Q, BLOCK_K, warps, stages) by kernel and padded head dimension: where nothing else is said,
 # the largest that leave no register spilled. Where tensor descriptors cannot be used, newer GPUs
 # take the tiles of sm_86.
@@ -408,7 +408,7 @@ def _saved_delta(delta, row, queries):
     return tl.load(delta + row, mask=row < queries, other=0)
 
 
-def flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window):
+def attend(q, k, v, cu_seqlens, causal, scale, window):
     o = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     tile, tma = _tile_rule("forward", q, k, v)
@@ -516,9 +516,9 @@ def _heads_together(own, other, block):
     """
     read, readers = other.shape[2] // own.shape[2], own.shape[2] // other.shape[2]
     size = 2 * max(1, read) * other.shape[1] * other.shape[3] * other.element_size()
-    cached = max(1, CACHE // max(1, size)) * max(1, readers)
+    cached = max(1, L2_BYTES // max(1, size)) * max(1, readers)
     tiles = max(1, triton.cdiv(own.shape[1], block))
-    together = max(cached, PROGRAMS * library.processors(own.device) // tiles)
+    together = max(cached, PROGRAMS_PER_PROCESSOR * library.processors(own.device) // tiles)
     heads = own.shape[0] * own.shape[2]
     return triton.cdiv(heads, triton.cdiv(heads, together)) if heads else 1
 

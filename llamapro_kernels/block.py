@@ -8,7 +8,7 @@ do their gradients. Its backward goes down from y and stops below the last
 tensor that wants a gradient; a frozen block computes input gradients alone. What is kept for
 backward, in numbers a token (H query heads, Hkv key heads, head dimension D, MLP width I):
 
-    save="all"      2 N + (2 H + 2 Hkv) D + 2 I    x, h, q, k, v, o, gate_up, and three sums' fp32
+    save="all"      2 N + (2 H + 2 Hkv) D + 2 I    x, h, q, k, v, o, gate_up, and fp32 lse and rstds
     save="light"    2 N + (2 H + 2 Hkv) D          gate_up is computed again: 4 N I FLOPs
     save="input"    N                              everything but the last product, again
 
@@ -20,6 +20,7 @@ o_proj and down_proj are zero.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ REQUIRED = BlockWeights._fields[:6]
 
 
 class Settings(NamedTuple):
-    """What is no tensor that could want a gradient."""
+    """Everything but x and the weights; none of it wants a gradient."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -152,9 +153,7 @@ def _recompute(kept, w, settings):
 def _backward(dy, kept, w, settings, wanted):
     """dx and the gradients of the weights, None where not wanted."""
     grads = {}
-    if wanted.weights.down_proj:
-        grads["down_proj"] = _weight_gradient(dy, ops.swiglu(kept.gate_up))
-    _bias_gradient(grads, "down_proj_bias", dy, wanted)
+    _projection_gradients(grads, "down_proj", wanted, dy, lambda: ops.swiglu(kept.gate_up))
     dh = _mlp_backward(dy, kept, w, settings, wanted, grads) if wanted.gate_up else None
     dx = _attention_backward(dh, kept, w, settings, wanted, grads) if wanted.h else None
     return dx, [grads.get(name) for name in BlockWeights._fields]
@@ -162,9 +161,8 @@ def _backward(dy, kept, w, settings, wanted):
 
 def _mlp_backward(dy, kept, w, settings, wanted, grads):
     dgate_up = ops.swiglu_backward(matmul(dy, w.down_proj), kept.gate_up)
-    if wanted.weights.gate_up:
-        grads["gate_up"] = _weight_gradient(dgate_up, _normed(kept.h, w.mlp_norm, settings))
-    _bias_gradient(grads, "gate_up_bias", dgate_up, wanted)
+    normed = partial(_normed, kept.h, w.mlp_norm, settings)
+    _projection_gradients(grads, "gate_up", wanted, dgate_up, normed)
     if not wanted.normed_h:
         return None
     dh, grads["mlp_norm"] = _norm_backward(
@@ -175,15 +173,12 @@ def _mlp_backward(dy, kept, w, settings, wanted, grads):
 
 
 def _attention_backward(dh, kept, w, settings, wanted, grads):
-    if wanted.weights.o_proj:
-        grads["o_proj"] = _weight_gradient(dh, kept.o.flatten(2))
-    _bias_gradient(grads, "o_proj_bias", dh, wanted)
+    _projection_gradients(grads, "o_proj", wanted, dh, lambda: kept.o.flatten(2))
     if not wanted.qkv:
         return None
     dqkv = _qkv_backward(matmul(dh, w.o_proj).view(kept.o.shape), kept, settings)
-    if wanted.weights.qkv:
-        grads["qkv"] = _weight_gradient(dqkv, _normed(kept.x, w.attention_norm, settings))
-    _bias_gradient(grads, "qkv_bias", dqkv, wanted)
+    normed = partial(_normed, kept.x, w.attention_norm, settings)
+    _projection_gradients(grads, "qkv", wanted, dqkv, normed)
     if not wanted.normed_x:
         return None
     dx, grads["attention_norm"] = _norm_backward(
@@ -220,13 +215,12 @@ def _normed(x, weight, settings):
     return ops.rms_norm(x, weight, settings.eps)[0]
 
 
-def _weight_gradient(dy, x):
-    return matmul(dy.flatten(0, 1).T, x.flatten(0, 1))
-
-
-def _bias_gradient(grads, name, dy, wanted):
+def _projection_gradients(grads, name, wanted, dy, x):
+    """Of the weight and the bias of y = projection(x()); x is computed where it is needed."""
     if getattr(wanted.weights, name):
-        grads[name] = dy.sum((0, 1))
+        grads[name] = matmul(dy.flatten(0, 1).T, x().flatten(0, 1))
+    if getattr(wanted.weights, f"{name}_bias"):
+        grads[f"{name}_bias"] = dy.sum((0, 1))
 
 
 class _Block(torch.autograd.Function):
@@ -270,13 +264,13 @@ def decoder_block(
     """One Llama block, causal: x (B, T, N) -> (B, T, N) in x's dtype.
 
     cos, sin: (T, D) as `rope` takes them, which also gives the head dimension; the head counts
-    follow from the weights. These are of x's dtype, norms of any. `window` and `cu_seqlens` as in
-    `flash_attention`. `save`: what is kept for backward, "all", "light" or "input", see above; it
-    changes memory and time, and no bit of the gradients. `cache` is called with this block's
-    rotated keys and its values, (B, T, Hkv, D), and returns all keys and values to attend to,
-    (B, S, Hkv, D); there are no gradients through it. Under autocast the block computes in
-    autocast's dtype. Raises TypeError for dtypes, and ValueError for shapes and options that do
-    not fit. Source: Touvron et al. 2023.
+    follow from the weights. The weights are of x's dtype; those of the norms may be of any.
+    `window` and `cu_seqlens` as in `flash_attention`. `save`: what is kept for backward, "all",
+    "light" or "input", see above; it changes memory and time, and no bit of the gradients.
+    `cache` is called with this block's rotated keys and its values, (B, T, Hkv, D), and returns all
+    keys and values to attend to, (B, S, Hkv, D); there are no gradients through it. Under autocast
+    the block computes in autocast's dtype. Raises TypeError for dtypes, and ValueError for shapes
+    and options that do not fit. Source: Touvron et al. 2023.
     """
     _check(x, weights, cos, sin, window, cu_seqlens, save)
     # float: a default that Dynamo makes a symbol (dynamic=True) cannot enter the next block's node.

@@ -42,7 +42,7 @@ _forced: list[list[str]] = []
 
 
 class Op:
-    """One op: its schemas, forward, backward and others, and the backends that serve them."""
+    """One op: the backends that serve it, with a function for each of its schemas."""
 
     def __init__(self, name: str):
         self.name = name
@@ -219,7 +219,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def in_autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The operands of a product as autocast gives them to PyTorch's: in its dtype, but for fp64."""
+    """Operands cast as autocast casts those of PyTorch's products: to its dtype, except fp64."""
     dtype = autocast_dtype(tensors[0].device.type)
     keep = dtype is None
     return [t if keep or t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
@@ -255,7 +255,8 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """What the tile rules call this GPU; other ones are served by the smallest of the tiles."""
+    """What the tile rules call this GPU: any of AMD's gfx942, one of NVIDIA's without a name here
+    sm_86, which has least shared memory."""
     if INTERPRETED:
         return "interpreter"
     if torch.version.hip:
@@ -283,7 +284,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def contiguous_fp32(x: torch.Tensor | None) -> torch.Tensor | None:
-    """For the small constants of an op in C++: a norm's weight, a rotary table."""
+    """For what an op in C++ reads once or in small: a norm's weight, a rotary table, dloss."""
     return None if x is None else x.float().contiguous()
 
 

@@ -42,7 +42,7 @@ def linear_cross_entropy_reference(
     losses, lse = x.new_empty(len(x), dtype=dtype), x.new_empty(len(x), dtype=dtype)
     dx = x.new_empty(x.shape if want_x else 0)
     dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
-    for rows in _chunks(x, weight):
+    for rows in pieces(len(x), _chunk_tokens(len(weight), x.device.type)):
         logits = torch.nn.functional.linear(x[rows], weight).to(dtype)
         target = targets[rows].where(valid[rows], 0)[:, None]
         score, peak = logits.gather(1, target)[:, 0], logits.amax(-1, keepdim=True)
@@ -62,7 +62,7 @@ def linear_cross_entropy_reference(
 def linear_cross_entropy_backward_reference(dloss, x, weight, targets, lse, ignore_index):
     """dweight when each token has an upstream gradient of its own: dloss is (N,)."""
     dweight = weight.new_zeros(weight.shape, dtype=lse.dtype)
-    for rows in _chunks(x, weight):
+    for rows in pieces(len(x), _chunk_tokens(len(weight), x.device.type)):
         logits = torch.nn.functional.linear(x[rows], weight).to(lse.dtype)
         valid = targets[rows] != ignore_index
         target = targets[rows].where(valid, 0)[:, None]
@@ -77,11 +77,6 @@ def _dlogits(p, target, valid, upstream):
     """The logits' gradient, in the memory of their softmax."""
     p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
     return p.mul_(upstream).masked_fill_(~valid[:, None], 0.0)
-
-
-def _chunks(x, weight, least=1):
-    rows = max(least, CHUNK_ELEMENTS // max(1, weight.shape[0]))
-    return [slice(i, i + rows) for i in range(0, len(x), rows)]
 
 
 def _check_targets(targets, ignore_index, vocabulary):
@@ -165,14 +160,18 @@ def _backward_weight(dloss, x, weight, targets, lse, ignore_index, *, gradient):
 
 def chunk_bytes(tokens: int, vocabulary: int, itemsize: int, device: str) -> int:
     """The logits that are held at a time."""
+    return min(tokens, _chunk_tokens(vocabulary, device)) * vocabulary * itemsize
+
+
+def _chunk_tokens(vocabulary, device):
     least = CHUNK_TOKENS_CPU if device == "cpu" else CHUNK_TOKENS
-    return min(tokens, max(least, CHUNK_ELEMENTS // vocabulary)) * vocabulary * itemsize
+    return max(least, CHUNK_ELEMENTS // max(1, vocabulary))
 
 
 def _logits_by_chunk(x, weight):
     """(rows, their logits), chunk by chunk in one buffer; its rows start where loads are widest."""
-    chunks = _chunks(x, weight, CHUNK_TOKENS_CPU if x.device.type == "cpu" else CHUNK_TOKENS)
     vocabulary = weight.shape[0]
+    chunks = pieces(len(x), _chunk_tokens(vocabulary, x.device.type))
     length = min(len(x), chunks[0].stop) if chunks else 0
     buffer = x.new_empty((length, (vocabulary + 15) // 16 * 16))
     buffer[:, vocabulary:] = 0  # oneDNN on AMX multiplies what lies there too
@@ -290,7 +289,7 @@ def _scaled(grad, dloss, dtype):
     scaled = grad.new_empty(grad.shape, dtype=dtype)
     if grad.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.mul(grad, dloss, out=scaled)
-    # PyTorch stores it in fp32 before: of a few rows at a time, which a cache holds.
+    # PyTorch first stores the product in fp32: that of a few rows stays in the cache.
     for rows in pieces(len(grad), max(1, SCALED_ELEMENTS // max(1, grad.shape[1]))):
         torch.mul(grad[rows], dloss if len(dloss) == 1 else dloss[rows], out=scaled[rows])
     return scaled

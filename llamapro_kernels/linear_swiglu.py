@@ -29,8 +29,7 @@ from llamapro_kernels.swiglu import swiglu_forward_cpp, swiglu_reference
 
 # (BLOCK_M, BLOCK_I, BLOCK_N, warps, stages): tokens, columns of y, and the summed dimension.
 TILES = {
-    "sm_80": (128, 64, 32, 8, 3),
-    "sm_86": (128, 64, 32, 8, 3),
+    "sm_80": (128, 64, 32, 8, 3),  # also where there are no descriptors, or no row here
     "sm_90": (128, 128, 64, 8, 4),
     "sm_100": (128, 128, 64, 8, 4),
     "gfx942": (128, 64, 32, 4, 2),
@@ -42,21 +41,6 @@ TILES = {
 def linear_swiglu_reference(x, weight):
     """Ground truth: silu(gate) * up of the projection, rounded as a linear layer would."""
     return swiglu_reference(torch.nn.functional.linear(x, weight))
-
-
-def linear_swiglu_forward_cpp(x, weight):
-    return swiglu_forward_cpp(linear(x, weight))
-
-
-def linear_swiglu_backward(dy, x, weight, want_x, want_weight):
-    """For every backend: the products are the library's, what lies between them is `swiglu`'s."""
-    dgate_up = torch.ops.llamapro.swiglu_backward(dy, linear(x, weight))
-    dx, dweight = x.new_empty(0), weight.new_empty(0)
-    if want_x:
-        dx = matmul(dgate_up, weight)
-    if want_weight:
-        dweight = matmul(library.as_rows(dgate_up).T, library.as_rows(x))
-    return dx, dweight
 
 
 @library.jit
@@ -137,6 +121,21 @@ def linear_swiglu_forward(x, weight):
         num_stages=stages,
     )
     return y
+
+
+def linear_swiglu_forward_cpp(x, weight):
+    return swiglu_forward_cpp(linear(x, weight))
+
+
+def linear_swiglu_backward(dy, x, weight, want_x, want_weight):
+    """For every backend: the products are the library's, what lies between them is `swiglu`'s."""
+    dgate_up = torch.ops.llamapro.swiglu_backward(dy, linear(x, weight))
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
+    if want_x:
+        dx = matmul(dgate_up, weight)
+    if want_weight:
+        dweight = matmul(library.as_rows(dgate_up).T, library.as_rows(x))
+    return dx, dweight
 
 
 def _fake(x, weight):

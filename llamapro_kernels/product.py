@@ -86,13 +86,17 @@ def _takes_onednn(a, b, bias=None):
 
 
 def _is_emulated(a, b, bias=None):
-    return a.dtype in EMULATED and _fits(a, b, bias) and a.numel() >= ROWS * a.shape[-1]
+    return a.dtype in EMULATED and _fits(a, b, bias) and _has_many_rows(a)
 
 
 def _is_tiled(a, b):
-    if a.dtype not in TILED or not _fits(a, b) or a.numel() < ROWS * a.shape[-1]:
+    if a.dtype not in TILED or not _fits(a, b) or not _has_many_rows(a):
         return False
     return not torch.compiler.is_compiling()
+
+
+def _has_many_rows(a):
+    return a.numel() >= ROWS * a.shape[-1]
 
 
 def _fits(a, b, bias=None):

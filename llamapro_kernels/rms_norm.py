@@ -20,6 +20,10 @@ import torch
 from llamapro_kernels import library
 from llamapro_kernels.library import tl, triton
 
+ONE_PASS_WIDTH = 16384  # a wider row does not fit in the registers of a program
+ONE_PASS_WIDTH_DWEIGHT = 8192  # nor does one beside the sums for dweight
+WIDE_TILE = {"ROWS": 1, "BLOCK": 4096, "num_warps": 8}
+
 
 def rms_norm_reference(x, weight, eps):
     """Ground truth: y in x's dtype, and rstd."""
@@ -52,11 +56,6 @@ def add_rms_norm_backward_reference(dy, dtotal, total, weight, rstd, dweight_dty
     """`dtotal` is None when nothing downstream used the sum."""
     dx, dweight = rms_norm_backward_reference(dy, total, weight, rstd, dweight_dtype)
     return dx if weight is None or dtotal is None else dx + dtotal, dweight
-
-
-ONE_PASS_WIDTH = 16384  # wider rows do not fit in the registers of a program,
-ONE_PASS_WIDTH_DWEIGHT = 8192  # nor do these beside the sums for dweight
-WIDE_TILE = {"ROWS": 1, "BLOCK": 4096, "num_warps": 8}
 
 
 @library.jit
@@ -203,15 +202,11 @@ def _load(pointer, mask):
 
 
 def rms_norm_forward(x, weight, eps):
-    y, _, rstd = _forward(x, None, weight, eps)
+    y, _, rstd = add_rms_norm_forward(x, None, weight, eps)
     return y, rstd
 
 
 def add_rms_norm_forward(x, residual, weight, eps):
-    return _forward(x, residual, weight, eps)
-
-
-def _forward(x, residual, weight, eps):
     y, total, rstd = _fake_add(x, residual, weight, eps)
     add = residual is not None
     x, residual = library.as_rows(x), library.as_rows(residual) if add else None
@@ -234,8 +229,8 @@ def rms_norm_backward(dy, x, weight, rstd, dweight_dtype):
 
 
 def add_rms_norm_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
-    dx, _ = _fake_backward(dy, total, weight, rstd, None)
     want_x, want_weight = weight is not None, dweight_dtype is not None
+    dx = library.empty_if(want_x, total)
     add = want_x and dtotal is not None
     dy, x, dtotal = (library.as_rows(t) for t in (dy, total, dtotal if add else dy))
     rows, width = x.shape
@@ -324,9 +319,8 @@ def _fake(x, weight, eps):
 
 
 def _fake_backward(dy, x, weight, rstd, dweight_dtype):
-    if dweight_dtype is None:
-        return library.empty_if(weight is not None, x), x.new_empty(0)
-    return library.empty_if(weight is not None, x), x.new_empty(x.shape[-1], dtype=dweight_dtype)
+    width = 0 if dweight_dtype is None else x.shape[-1]
+    return library.empty_if(weight is not None, x), x.new_empty(width, dtype=dweight_dtype)
 
 
 def _fake_add(x, residual, weight, eps):

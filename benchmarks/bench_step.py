@@ -75,10 +75,6 @@ def their_model(path, trainable="new_blocks", checkpointing=False, compiled=Fals
     return model
 
 
-def our_loss(model, tokens, targets):
-    return model.loss(tokens, targets)
-
-
 def their_loss(model, tokens, targets):
     return model(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
@@ -132,7 +128,7 @@ class Products(TorchDispatchMode):
 
 
 def our_step(batch, length, **options):
-    return stepper(our_model(**options), our_loss, batch, length)
+    return stepper(our_model(**options), Llama.loss, batch, length)
 
 
 def their_step(batch, length, **options):

@@ -40,6 +40,8 @@ def sharded(rank, store, save, expected):
         assert (grad is None) == (name not in expected), name
         if grad is not None:
             torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"is sharded: a whole tensor expected"):
+        model.save_pretrained(f"{store}-saved")
     dist.barrier()
     dist.destroy_process_group()
     # Gloo's threads live on while FSDP holds the group, and one that lets go of a tensor while the

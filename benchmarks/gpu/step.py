@@ -7,8 +7,9 @@
 From the repository's root, with it and `python/` on the path. Every row is a process of its own, so
 that one which runs out of memory says so and the others go on; the file is written anew after each.
 Weights are random with the real shapes and tokens are random. TFLOP/s counts the FLOPs that are
-really needed, without those that are computed again; the roof is a large bf16 product, behind the
-steps of each row in the same process: the median of the rows, for a card that is hot is slower.
+really needed, without those that are computed again; the roof is the rate of a large bf16 product,
+measured right after the steps of each row in its process: the median of the rows, for a hot card
+slows down.
 """
 
 import argparse
@@ -76,9 +77,7 @@ def configuration(shape, new_blocks, placement):
     base = LlamaConfig(max_position_embeddings=4096, **shape)
     if placement == "all":
         return base
-    return expanded_config(
-        base, slots_of(base.num_hidden_layers, new_blocks, placement), None, False
-    )
+    return expanded_config(base, slots_of(base.num_hidden_layers, new_blocks, placement))
 
 
 def rotate(x, cos, sin):
@@ -106,7 +105,7 @@ def our_model(config, save, device):
         model = Llama(config)
     for block, policy in zip(model.blocks, save, strict=True):
         block.save = policy
-    return model, model.blocks, lambda tokens, targets: model.loss(tokens, targets)
+    return model, model.blocks, model.loss
 
 
 def their_model(config, side, device):
@@ -221,7 +220,8 @@ def markdown(report):
         if "failed" not in row:
             share = row["TFLOP/s"] / statistics.median(roofs)
             results = row["tokens/s"], f"{share:.2f}", row["peak GB"]
-        about = (row["model"], row["placement"], f"{row['batch']} x 4096", row["side"])
+        size = f"{row['batch']} x {row.get('length', 4096)}"  # older files do not say
+        about = (row["model"], row["placement"], size, row["side"])
         lines.append(cells(*about, *results))
     return "\n".join(lines)
 
@@ -256,7 +256,8 @@ def main():
             break
         small = (TINY, min(new_blocks, 2), placement, 2, 64)
         sizes = small if options.tiny else (shape, new_blocks, placement, batch, 4096)
-        row = {"model": model, "placement": placement, "batch": sizes[3], "side": side}
+        row = {"model": model, "placement": placement, "batch": sizes[3], "length": sizes[4]}
+        row |= {"side": side}
         row |= row_in_a_process((side, *sizes, device))
         report["rows"].append(row)
         write_json(path, report)

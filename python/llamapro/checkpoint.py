@@ -1,6 +1,7 @@
 """Hugging Face Llama directories, in and out: checked before use, written whole or not at all."""
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable, Iterable
@@ -41,10 +42,26 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def entries_of(tensors: dict[str, torch.Tensor]) -> list[TensorEntry]:
+    """Of tensors in memory, by name. Raises ValueError for those that are shards of others."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):  # a DTensor, without loading torch.distributed
+            raise ValueError(f"{name} is sharded: a whole tensor expected, see its full_tensor()")
+    return [
+        TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    ]
+
+
+def main_dtype(entries: Iterable[TensorEntry]) -> torch.dtype:
+    """The dtype most bytes are in."""
+    sizes: dict[torch.dtype, int] = {}
+    for entry in entries:
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    return max(sizes, key=sizes.get)
 
 
 class Checkpoint:
@@ -61,11 +78,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype most values are in."""
-        sizes: dict[torch.dtype, int] = {}
-        for entry in self.tensors.values():
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-        return max(sizes, key=sizes.get)
+        return main_dtype(self.tensors.values())
 
     def _files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -183,11 +196,7 @@ def save(model: Llama, out, *, files_from=None) -> Path:
     """See `Llama.save_pretrained`."""
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.embed_tokens.weight:
         raise ValueError("embeddings are tied, but lm_head.weight is another parameter: call tie()")
-    tensors = {name: tensor.detach() for name, tensor in stock_tensors(model).items()}
-    entries = [
-        TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
-        for name, tensor in tensors.items()
-    ]
+    entries = entries_of({name: t.detach() for name, t in stock_tensors(model).items()})
     with new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
         write_model(directory, model.config, entries, files_from=files_from)
     return Path(out)
@@ -202,10 +211,7 @@ def write_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Fill an empty directory: config.json, weights, and companions copied from `files_from`."""
-    sizes: dict[torch.dtype, int] = {}
-    for entry in entries:
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-    dtype = str(max(sizes, key=sizes.get)).removeprefix("torch.")
+    dtype = str(main_dtype(entries)).removeprefix("torch.")
     raw = {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     for file in companions(Path(files_from)) if files_from else []:

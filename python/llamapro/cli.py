@@ -73,7 +73,7 @@ def prepare(
         out: New data directory.
         pattern: File names to take from folders, such as *.py.
         heldout: Share of the text to set aside, by whole files.
-        separator: Token behind each document; by default the model's end of sequence.
+        separator: Token after each document; by default the model's end of sequence.
     """
     meta = data.prepare(
         sources, tokenizer, out, pattern=pattern, heldout=heldout, separator=separator

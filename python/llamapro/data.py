@@ -1,7 +1,7 @@
 """Text to token files, and token files to batches.
 
 A data directory holds train.bin and heldout.bin, documents one after the other with a separator
-behind each, as uint16 or uint32, and meta.json.
+after each, as uint16 or uint32, and meta.json.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None
 
     sources: files, or folders searched for `pattern`. tokenizer: a model directory. heldout: the
     share of the text set aside, by whole files: no file is in both parts. separator: the token
-    behind each document, by default the model's end of sequence.
+    after each document, by default the model's end of sequence.
     Raises DataError when there is no text, FileExistsError when `out` exists.
     """
     if not 0 <= heldout <= 1:

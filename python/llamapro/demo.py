@@ -20,6 +20,7 @@ from llamapro.data import prepare
 from llamapro.expansion import expand_checkpoint
 from llamapro.hardware import pick_device, pick_dtype
 from llamapro.model import Llama
+from llamapro.planner import table
 from llamapro.report import command, report
 from llamapro.storage import write_json
 from llamapro.train import freeze
@@ -36,7 +37,7 @@ SWEPT = {"new_blocks": (5e-4, 1e-3, 2e-3), "all": (2e-5, 5e-5, 1e-4, 2e-4)}
 
 @dataclass
 class DemoConfig:
-    """The demonstration: a few minutes on two CPU cores, CUDA when there is one."""
+    """The demonstration: under 20 minutes on two CPU cores, CUDA when there is one."""
 
     steps: int = 60
     """Optimizer steps of each of the two runs."""
@@ -199,19 +200,21 @@ def _train(settings: dict) -> None:
 def _sweep_note() -> str:
     recorded = json.loads(SWEEP.read_text())
     setting = recorded["setting"]
+    rows = [
+        [
+            r["trainable"],
+            f"{r['learning_rate']:g}",
+            *(f"{r['perplexity'][name]:.2f}" for name in ("domain", "general")),
+        ]
+        for r in recorded["results"]
+    ]
     lines = [
         "## Learning rates",
         f"Each run uses the best of a recorded sweep (`make sweep`: {setting['steps']} steps of"
         f" {setting['batch_size']} x {setting['seq_len']} tokens, {setting['dtype']}):",
         "",
-        "| trained | learning rate | domain perplexity | general perplexity |",
-        "| --- | --- | --- | --- |",
+        *table(["trained", "learning rate", "domain perplexity", "general perplexity"], rows),
     ]
-    for r in recorded["results"]:
-        domain, general = r["perplexity"]["domain"], r["perplexity"]["general"]
-        lines.append(
-            f"| {r['trainable']} | {r['learning_rate']:g} | {domain:.2f} | {general:.2f} |"
-        )
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ computes what the base computes until it is trained. Source: Wu et al. 2024, "LL
 """
 
 import copy
+import itertools
 import logging
 import operator
 import re
@@ -79,8 +80,8 @@ def _interleave(base: list[Slot], new_blocks: int, per_group: int) -> list[Slot]
             f"per_group must divide new_blocks = {new_blocks} and not exceed the blocks of a group,"
             f" got {per_group}"
         )
-    ends = [len(base) * (g + 1) // groups for g in range(groups)]
-    sizes = sorted({end - start for start, end in zip([0, *ends], ends, strict=False)})
+    cuts = [len(base) * g // groups for g in range(groups + 1)]
+    sizes = sorted({end - start for start, end in itertools.pairwise(cuts)})
     if len(sizes) > 1:
         log.warning(
             "%d blocks do not divide into %d groups: groups have %s blocks",
@@ -89,7 +90,7 @@ def _interleave(base: list[Slot], new_blocks: int, per_group: int) -> list[Slot]
             " or ".join(map(str, sizes)),
         )
     slots = []
-    for start, end in zip([0, *ends], ends, strict=False):
+    for start, end in itertools.pairwise(cuts):
         slots += base[start:end] + [Slot(i, True) for i in range(end - per_group, end)]
     return slots
 
@@ -119,7 +120,7 @@ def _place_at(blocks: int, new_blocks: int | None, placement) -> list[Slot]:
 
 
 def expanded_config(
-    config: LlamaConfig, slots: list[Slot], base_name: str | None, keep_new: bool
+    config: LlamaConfig, slots: list[Slot], base_name: str | None = None, keep_new: bool = False
 ) -> LlamaConfig:
     """The configuration of the expanded model, per-layer lists extended."""
     earlier = set(config.new_blocks) if keep_new else set()

@@ -1,4 +1,4 @@
-"""What the machine at hand can do: device, dtype and measured matmul rate."""
+"""What the machine at hand can do: device, dtype, measured matmul rate, and memory of a process."""
 
 import ctypes
 import re

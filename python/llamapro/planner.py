@@ -133,7 +133,7 @@ def memory(work: Workload, save: list[str]) -> dict[str, int]:
     """Bytes of tensors at the peak of a step, by what they are for.
 
     Backward frees a block's activations as gradients arrive, so the peak is either at the loss,
-    or in some block on the way down, or behind them. What the allocator loses between tensors
+    or in some block on the way down, or after them. What the allocator loses between tensors
     comes on top, and so does what the libraries take.
     """
     shape, counts, size = Shape.of(work.config), parameters(work.config), work.dtype.itemsize
@@ -276,7 +276,7 @@ def plan(
     lines, details = [], []
     for name in placements:
         slots = slots_of(base.num_hidden_layers, new_blocks, name)
-        config = expanded_config(base, slots, None, False)
+        config = expanded_config(base, slots)
         work = Workload(config, tuple(config.new_blocks), batch, length, dtype, device)
         save = choose_save(work, limit) if limit else ["all"] * len(slots)
         lines.append(_summary(name, work, tuning, save, limit, rate))

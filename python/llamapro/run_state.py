@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llamapro import checkpoint, storage
-from llamapro.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from llamapro.checkpoint import Checkpoint, CheckpointError
 
 KEPT = 2
 MAY_DIFFER = ("out", "device")  # settings that a resumed run may change
@@ -48,11 +48,7 @@ class Run:
     def save(self, step: int, optimizer) -> None:
         """Write a checkpoint, whole or not at all, then drop all but the newest two."""
         storage.sync(self.metrics)
-        tensors = optimizer.state()
-        entries = [
-            TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
-            for name, tensor in tensors.items()
-        ]
+        entries = checkpoint.entries_of(optimizer.state())
         out = self.path / "checkpoints" / f"step-{step:08d}"
         with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
             state = {"step": step, "frozen": self.frozen, "random": _random_state()}
@@ -183,9 +179,7 @@ def save_trained(model, base: Checkpoint, out: Path) -> None:
         if tensor.requires_grad
     }
     entries = [
-        TensorEntry(e.name, e.dtype, e.shape, lambda t=trained[e.name]: t)
-        if e.name in trained
-        else e
+        replace(e, load=lambda t=trained[e.name]: t) if e.name in trained else e
         for e in base.tensors.values()
     ]
     with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:

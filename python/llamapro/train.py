@@ -24,7 +24,7 @@ from llamapro.hardware import (
     pick_dtype,
     resident_memory,
 )
-from llamapro.model import Llama
+from llamapro.model import Llama, LlamaConfig
 from llamapro.optimizer import Optimizer
 from llamapro.progress import Progress
 
@@ -126,8 +126,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     if config.dtype == "auto":
         started = run_state.settings(config.out)["dtype"] if resume else pick_dtype(device)
         config = replace(config, dtype=started)
-    rows, heldout = _open_data(config)
-    save = _policies(config, device)
+    shape = Checkpoint(config.model).config
+    rows, heldout = _open_data(config, shape.vocab_size)
+    save = _policies(config, shape, device)
     model = Llama.from_pretrained(config.model, getattr(torch, config.dtype), device)
     freeze(model, config.trainable)
     for block, policy in zip(model.blocks, save, strict=True):
@@ -219,22 +220,20 @@ def fingerprint(model: Llama) -> str:
     return digest.hexdigest()
 
 
-def _policies(config: TrainConfig, device: torch.device) -> list[str]:
+def _policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> list[str]:
     """What each block keeps for backward; planned before a weight is loaded."""
-    model = Checkpoint(config.model).config
     if config.memory is None:
-        return ["all"] * model.num_hidden_layers
-    trainable = None if config.trainable == "all" else tuple(model.new_blocks)
+        return ["all"] * shape.num_hidden_layers
+    trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
     sizes = config.batch_size, config.seq_len, getattr(torch, config.dtype), device.type
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     limit = planner.usable(config.memory) - libraries
-    return planner.choose_save(planner.Workload(model, trainable, *sizes), limit)
+    return planner.choose_save(planner.Workload(shape, trainable, *sizes), limit)
 
 
-def _open_data(config: TrainConfig) -> tuple[Rows, dict[str, Rows]]:
+def _open_data(config: TrainConfig, vocab: int) -> tuple[Rows, dict[str, Rows]]:
     """Training rows, and the held-out rows of the domain and of the further sets."""
-    raw = Checkpoint(config.model)
-    vocab, seq_len = raw.config.vocab_size, config.seq_len
+    seq_len = config.seq_len
     rows = Rows(load_tokens(config.data, "train", vocab), seq_len, config.seed)
     sets = {"domain": config.data, **config.evaluate}
     return rows, {

@@ -51,6 +51,18 @@ def test_expand(run, tiny_path, tmp_path, placement, positions):
     assert code is None and f"new blocks at {positions}" in out and "bit-equal" in out
 
 
+def test_an_option_given_twice_is_refused(run, tmp_path):
+    code, _ = run("eval", tmp_path, tmp_path, "--seq-len", 16, "--seq-len=32")
+    assert code == "llamapro: --seq-len once expected, got it 2 times"
+
+
+def test_positions_as_the_plan_prints_them(run, tiny_path, tmp_path):
+    code, out = run("expand", tiny_path, tmp_path / "o", "--placement", "[0, 3]")
+    assert code is None and "new blocks at [0, 3]" in out
+    code, _ = run("expand", tiny_path, tmp_path / "p", "--placement", "1,,2")
+    assert code == "llamapro: placement must be a name or whole numbers, got [1, '', 2]"
+
+
 def test_errors_are_one_line(run, tiny_path, tmp_path):
     code, out = run("expand", tiny_path, tmp_path / "out", "--placement", "4,-1")
     assert code.startswith("llamapro: positions must be distinct") and "\n" not in code

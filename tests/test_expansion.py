@@ -42,8 +42,9 @@ def test_prefix_and_suffix():
     assert new(place_blocks(4, 2, "prefix")) == [0, 1]
     assert sources(place_blocks(4, 2, "suffix")) == [0, 1, 2, 3, 2, 3]
     assert place_blocks(4, 2, "suffix") == place_blocks(4, 2, per_group=2)
-    with pytest.raises(ValueError, match="per_group is for interleaved blocks, got 2"):
-        place_blocks(4, 2, "suffix", per_group=2)
+    for placement in ("suffix", [1, 2]):
+        with pytest.raises(ValueError, match="per_group is for interleaved blocks, got 2"):
+            place_blocks(4, 2, placement, per_group=2)
 
 
 def test_positions_copy_the_block_below_and_at_the_bottom_the_one_above():

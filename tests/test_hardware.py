@@ -20,3 +20,5 @@ def test_a_device_that_is_not_there(monkeypatch):
     assert hardware.pick_device() == torch.device("cpu")
     with pytest.raises(ValueError, match="no CUDA"):
         hardware.pick_device("cuda")
+    with pytest.raises(ValueError, match="auto, cpu, cuda or cuda:N, got 'gpu'"):
+        hardware.pick_device("gpu")

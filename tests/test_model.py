@@ -120,6 +120,8 @@ def test_unknown_fields_survive(tiny_path):
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number, got '64'"),
+        ({"num_hidden_layers": 4.0}, r"num_hidden_layers must be a whole number, got 4\.0"),
         ({"head_dim": 7}, "head_dim must be even, at least 2, got 7"),
         ({"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
         ({"llama_pro": {"new_blocks": [9]}}, r"\[9\]"),

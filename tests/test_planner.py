@@ -99,7 +99,7 @@ def test_saved_bytes_are_exact(placement, save):
     model.train_new_blocks_only()
     work = Workload(model.config, tuple(model.config.new_blocks), 2, 32)
     x = torch.randn(2, 32, small.hidden_size).bfloat16()
-    angles = torch.rand(32, small.head_dim)
+    angles = torch.rand(32, small.head_dim // 2).repeat(1, 2)
     alive, not_counted = (
         [x],
         {p.untyped_storage().data_ptr() for p in (*model.parameters(), angles)},
@@ -239,6 +239,19 @@ def test_the_plan_as_it_is_printed():
     assert "8.357 B" in text and "1.619 B (19%)" in text and "chosen" in text
 
 
+def test_a_placement_that_does_not_fit_is_named_and_the_others_are_planned():
+    text = plan(LLAMA2_7B, 8, PLANS, 24, 4096, limit=76e9)
+    assert "| suffix" in text and "interleaved does not fit: a batch of 24 x 4096" in text
+    with pytest.raises(ValueError, match=r"of them for weights and optimizer.*largest batch 0"):
+        plan(LLAMA2_7B, 8, ("suffix",), 1, 4096, limit=20e9)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 8), (1, 0), (-3, 8)])
+def test_steps_without_a_token(batch, length):
+    with pytest.raises(ValueError, match=f"got {batch} x {length}"):
+        plan(LLAMA2_7B, 8, PLANS, batch, length)
+
+
 @pytest.mark.parametrize(
     "text, value", [("80GB", 80e9), ("24 GiB", 24 * 2**30), ("1.5tb", 1.5e12), ("512MB", 512e6)]
 )
@@ -246,7 +259,7 @@ def test_memory_sizes(text, value):
     assert parse_bytes(text) == value
 
 
-@pytest.mark.parametrize("text", ["80", "GB", "80 G", "-1GB", "1..5GB"])
+@pytest.mark.parametrize("text", ["80", "GB", "80 G", "-1GB", "1..5GB", "0GB"])
 def test_other_memory_sizes_are_refused(text):
     with pytest.raises(ValueError, match=r"80GB|1\.\.5"):
         parse_bytes(text)

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def optimizer_of(model, **changes):
 
 
 def records(config, key="loss"):
-    lines = (run_state.Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     return {r["step"]: r[key] for r in map(json.loads, lines) if key in r}
 
 
@@ -420,3 +421,45 @@ def test_full_training_of_a_tied_model(config, tiny, tmp_path):
     summary = train(replace(config, model=str(base), trainable="all", dtype="float32"))
     assert summary["trainable_parameters"] == summary["parameters"]
     assert summary["perplexity_after"]["domain"] < 0.8 * summary["perplexity_before"]["domain"]
+
+
+def test_a_resumed_run_notices_other_data(config):
+    train(replace(config, steps=20))
+    (Path(config.out) / "summary.json").unlink()
+    meta = Path(config.data) / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "digest": "of others"}))
+    with pytest.raises(ValueError, match="the data of 'domain' differ from those of the run"):
+        train(config, resume=True)
+
+
+def test_a_run_goes_on_from_another_directory_with_another_limit(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = replace(config, model="expanded/", data=os.path.relpath(config.data), out="run")
+    train(relative)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(replace(relative, model="../expanded", data=config.data, out="../run"), resume=True)
+    train(replace(config, memory="100GB"), resume=True)
+
+
+@pytest.mark.parametrize("text", ["", '{"torch_dtype": "bfloat16"}'])
+def test_what_is_no_run_is_not_resumed(config, text):
+    Path(config.out).mkdir()
+    (Path(config.out) / "config.json").write_text(text)
+    for dtype in ("auto", "bfloat16"):
+        with pytest.raises(ValueError, match=r"run/config\.json: the settings of a run expected"):
+            train(replace(config, dtype=dtype), resume=True)
+
+
+def test_an_evaluation_that_was_due_when_it_stopped_is_made_on_resuming(config, monkeypatch):
+    def interrupted(*arguments):
+        if arguments[-1] == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(*arguments)
+
+    monkeypatch.setattr(module, "take_step", interrupted)
+    with pytest.raises(Interrupted, match="stopped after step 10"):
+        train(config)
+    monkeypatch.setattr(module, "take_step", take_step)
+    train(config, resume=True)
+    assert list(records(config, "perplexity")) == [0, 10, 20]

@@ -49,12 +49,16 @@ def expand(
         keep_new: Count the new blocks of an expanded base as new still.
     """
     where = placement
-    if placement.replace(",", "").replace("-", "").isdigit():
-        where = [int(position) for position in placement.split(",")]
+    if set(placement) <= set("0123456789-,[] "):  # as people and `llamapro plan` write positions
+        where = [int(p) if p.strip("-").isdigit() else p for p in _words(placement)]
     positions = expansion.expand_checkpoint(
         base, out, new_blocks, where, per_group=per_group, keep_new=keep_new
     )
     print(f"{out}: new blocks at {positions}; logits on real tokens are bit-equal to {base}'s")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.strip("[] ").split(",")]
 
 
 def prepare(
@@ -217,15 +221,21 @@ def said_in_one_line():
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(stop or "stopped", file=sys.stderr)
+        print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, ArithmeticError, IndexError) as error:
         sys.exit(f"llamapro: {error}")
+    except MemoryError as error:
+        sys.exit(f"llamapro: out of memory {error}")
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command."""
+    options = [a.split("=")[0] for a in args or sys.argv[1:] if a.startswith("--")]
     with said_in_one_line():
+        for option in options:
+            if options.count(option) > 1:  # the last would count alone, without a word
+                raise ValueError(f"{option} once expected, got it {options.count(option)} times")
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llamapro", args=args)
 
 

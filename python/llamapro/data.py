@@ -58,14 +58,22 @@ def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None
         "documents": {part: len(documents) for part, documents in parts.items()},
         "tokens": {},
     }
+    digest = hashlib.blake2b(digest_size=16)
     with new_directory(out) as directory:
         for part, documents in parts.items():
             ids = _encode(encode, documents, separator_id, dtype)
             ids.tofile(directory / f"{part}.bin")
+            digest.update(ids.data)
             meta["tokens"][part] = len(ids)
             meta["max_token"] = max(meta["max_token"], int(ids.max(initial=0)))
+        meta["digest"] = digest.hexdigest()
         (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
+
+
+def digest(data) -> str:
+    """A hash of a data directory's tokens; empty for one that was made before there was any."""
+    return json.loads((Path(data) / "meta.json").read_text()).get("digest", "")
 
 
 def _split(texts: list[str], heldout: float) -> dict[str, list[str]]:

@@ -45,6 +45,10 @@ class DemoConfig:
     sweep: bool = False
     """Measure the learning rates instead, and record them for later demos."""
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
 
 def demo(config: DemoConfig) -> None:
     """Fetch, expand, train twice, report. A run that was interrupted goes on where it was."""

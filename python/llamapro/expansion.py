@@ -55,6 +55,8 @@ def place_blocks(
     the expanded stack puts a copy of the nearest base block below at each.
     Raises ValueError for counts and positions that do not fit.
     """
+    if placement != "interleaved" and per_group != 1:
+        raise ValueError(f"per_group is for interleaved blocks, got {per_group} for {placement!r}")
     if not isinstance(placement, str):
         return _place_at(blocks, new_blocks, placement)
     if placement not in PLACEMENTS:
@@ -66,8 +68,6 @@ def place_blocks(
     base = [Slot(i, False) for i in range(blocks)]
     if placement == "interleaved":
         return _interleave(base, new_blocks, per_group)
-    if per_group != 1:
-        raise ValueError(f"per_group is for interleaved blocks, got {per_group} for {placement!r}")
     if placement == "prefix":
         return [Slot(i, True) for i in range(new_blocks)] + base
     return base + [Slot(i, True) for i in range(blocks - new_blocks, blocks)]
@@ -254,6 +254,8 @@ def _logits(side: Checkpoint, x: torch.Tensor) -> torch.Tensor:
 
 def _compare(x: torch.Tensor, y: torch.Tensor, where: str) -> None:
     if not torch.equal(x, y):
+        if not x.isfinite().all():
+            raise IdentityError(f"the base itself is not finite at {where}, so nothing is proven")
         difference = (x.double() - y.double()).abs().max().item()
         raise IdentityError(
             f"base and expanded model part at {where}: largest difference {difference:g},"

@@ -14,6 +14,8 @@ def pick_device(device: str = "auto") -> torch.device:
     """ "auto" is CUDA when there is one, otherwise the CPU. Raises ValueError for what is not."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} asked for, but there is no CUDA here; cpu expected")
     return torch.device(device)

@@ -61,6 +61,10 @@ class LlamaConfig:
     other: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type in (int, int | None) and not isinstance(value, setting.type):
+                raise ValueError(f"{setting.name} must be a whole number, got {value!r}")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.head_dim < 2 or self.head_dim % 2:

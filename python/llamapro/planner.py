@@ -35,6 +35,10 @@ class Workload:
     def __post_init__(self):
         if not self.trained:
             raise ValueError("no new block to train: expand the model first")
+        if self.batch < 1 or self.length < 1:
+            raise ValueError(
+                f"at least one row of one token expected, got {self.batch} x {self.length}"
+            )
 
     @property
     def tokens(self) -> int:
@@ -191,16 +195,17 @@ def choose_save(work: Workload, limit: float) -> list[str]:
     "input"; then those change back that turn out to be elsewhere than at the peak. Raises
     ValueError when nothing fits, with the least that it would take.
     """
-    save, least = ["all"] * len(work.blocks), float("inf")
+    save, parts = ["all"] * len(work.blocks), []
     for kind, i in [("all", 0), *((kind, i) for kind in SAVE[1:] for i in work.recorded)]:
         save[i] = kind
-        total = memory(work, save)["total"]
-        least = min(least, total)
-        if total <= limit:
+        parts.append(memory(work, save))
+        if parts[-1]["total"] <= limit:
             return _undo(work, save, limit)
+    least = min(parts, key=lambda part: part["total"])
+    fixed = least["weights"] + least["masters"] + least["optimizer"]
     raise ValueError(
-        f"a batch of {work.batch} x {work.length} tokens needs at least {least / 1e9:.2f} GB,"
-        f" got {limit / 1e9:.2f} GB: take fewer rows, or shorter ones"
+        f"a batch of {work.batch} x {work.length} tokens needs at least {least['total'] / 1e9:.2f}"
+        f" GB, {fixed / 1e9:.2f} of them for weights and optimizer, got {limit / 1e9:.2f} GB"
     )
 
 
@@ -235,7 +240,7 @@ def largest_batch(work: Workload, limit: float) -> int:
 def parse_bytes(text: str) -> float:
     """ "80GB", "512 MB" or "24GiB" as bytes. Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
-    if not match:
+    if not match or not float(match[1]):
         raise ValueError(f"memory such as 80GB or 24GiB expected, got {text!r}")
     base = 1024 if match[3] else 1000
     return float(match[1]) * base ** (1 + "KMGT".index(match[2].upper()))
@@ -273,19 +278,25 @@ def plan(
 ) -> str:
     """What `llamapro plan` prints, as Markdown. rate: FLOP/s of a large product here, or None."""
     tuning = Workload(base, None, batch, length, dtype, device)
-    lines, details = [], []
+    lines, details, refused = [], [], []
     for name in placements:
         slots = slots_of(base.num_hidden_layers, new_blocks, name)
         config = expanded_config(base, slots)
         work = Workload(config, tuple(config.new_blocks), batch, length, dtype, device)
-        save = choose_save(work, limit) if limit else ["all"] * len(slots)
+        try:
+            save = choose_save(work, limit) if limit else ["all"] * len(slots)
+        except ValueError as error:
+            refused += [f"{name} does not fit: {error}; largest batch {largest_batch(work, limit)}"]
+            continue
         lines.append(_summary(name, work, tuning, save, limit, rate))
         details += ["", f"### {name}: new blocks at {config.new_blocks}", *_details(work, save)]
+    if not lines:
+        raise ValueError("\n".join(refused))
     head = ["placement", "parameters", "trained", "GFLOP a token", "of training all of it"]
     head += ["of tuning the base", "save", "memory"]
     head += ["largest batch"] if limit else []
     head += ["tokens/s at most"] if rate else []
-    return "\n".join([*table(head, lines), *details])
+    return "\n".join([*table(head, lines), *("\n" + line for line in refused), *details])
 
 
 def _summary(name, work, tuning, save, limit, rate):

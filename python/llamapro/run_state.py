@@ -23,14 +23,14 @@ from llamapro import checkpoint, storage
 from llamapro.checkpoint import Checkpoint, CheckpointError
 
 KEPT = 2
-MAY_DIFFER = ("out", "device")  # settings that a resumed run may change
+MAY_DIFFER = ("out", "device", "memory")  # settings that a resumed run may change
 
 
 class Run:
     """An open run directory."""
 
-    def __init__(self, config, frozen: str):
-        self.config, self.frozen, self.path = config, frozen, Path(config.out)
+    def __init__(self, config, frozen: str, data: dict[str, str]):
+        self.config, self.frozen, self.data, self.path = config, frozen, data, Path(config.out)
         self.metrics = self.path / "metrics.jsonl"
 
     def log(self, record: dict, progress=None) -> None:
@@ -51,7 +51,8 @@ class Run:
         entries = checkpoint.entries_of(optimizer.state())
         out = self.path / "checkpoints" / f"step-{step:08d}"
         with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
-            state = {"step": step, "frozen": self.frozen, "random": _random_state()}
+            state = {"step": step, "frozen": self.frozen, "data": self.data}
+            state["random"] = _random_state()
             storage.write_json(directory / "state.json", state)
             checkpoint.write_safetensors(directory / "state.safetensors", entries)
         for old in checkpoints(self.path)[:-KEPT]:
@@ -60,8 +61,8 @@ class Run:
     def restore(self, optimizer) -> int:
         """Go back to the newest checkpoint and return its step; 0 when there is none.
 
-        Raises ValueError when the frozen tensors are not those of the run, and CheckpointError
-        for a damaged checkpoint.
+        Raises ValueError when the frozen tensors or the data are not those of the run, and
+        CheckpointError for a damaged checkpoint.
         """
         saved = checkpoints(self.path)
         step = 0
@@ -71,6 +72,9 @@ class Run:
                 raise ValueError(
                     f"{self.config.model}: frozen tensors differ from those of the run"
                 )
+            for name, digest in state.get("data", self.data).items():
+                if self.data[name] != digest:
+                    raise ValueError(f"the data of {name!r} differ from those of the run")
             step = state["step"]
             optimizer.load_state(tensors, step)
             _set_random_state(state["random"])
@@ -110,34 +114,55 @@ class Run:
 
 
 @contextmanager
-def open_run(config, frozen: str, *, resume: bool) -> Iterator[Run]:
-    """A new run directory, or one that exists, with the same settings, when `resume`.
+def open_run(config, frozen: str, data: dict[str, str], *, resume: bool) -> Iterator[Run]:
+    """A new run directory, or one that exists when `resume`.
 
-    Raises FileExistsError, ValueError for settings that differ, and BlockingIOError when another
-    process works on the run.
+    frozen: a hash of the frozen tensors. data: one of each set's tokens, by name. Raises
+    FileExistsError, and BlockingIOError when another process works on the run.
     """
     path = Path(config.out)
-    if resume:
-        _check_settings(path, config)
-    else:
+    if not resume:
         with storage.new_directory(path) as directory:
             storage.write_json(directory / "config.json", asdict(config))
     with storage.lock(path):
         for partial in (path / "checkpoints").glob(".*.partial"):
             shutil.rmtree(partial)
-        yield Run(config, frozen)
+        yield Run(config, frozen, data)
 
 
 def settings(run) -> dict:
-    """The settings a run was started with. Raises FileNotFoundError when there is no run."""
+    """The settings a run was started with. FileNotFoundError or ValueError when it is no run."""
     file = Path(run) / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{run}: a run to resume expected, got no config.json")
-    return json.loads(file.read_text())
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: the settings of a run expected, got no JSON: {error}") from None
+    if not {"model", "data", "evaluate", "dtype"} <= set(config):
+        raise ValueError(f"{file}: the settings of a run expected, got {sorted(config)[:5]} ...")
+    return config
 
 
-def _check_settings(path: Path, config) -> None:
-    then, now = settings(path), json.loads(json.dumps(asdict(config)))
+def whole_paths(settings: dict) -> dict:
+    """Those that name directories, as absolute paths: a run may go on from anywhere."""
+
+    def whole(path):
+        return str(Path(path).resolve()) if Path(path).exists() else path
+
+    evaluate = {name: whole(path) for name, path in settings["evaluate"].items()}
+    return {
+        "model": whole(settings["model"]),
+        "data": whole(settings["data"]),
+        "evaluate": evaluate,
+    }
+
+
+def check_settings(config) -> None:
+    """Raise ValueError unless the settings are those of the run at config.out."""
+    path, now = Path(config.out), json.loads(json.dumps(asdict(config)))
+    then = settings(path)
+    then |= whole_paths(then)
     changed = [
         f"{name} was {then.get(name)!r}, got {now[name]!r}"
         for name in now

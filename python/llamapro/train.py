@@ -1,13 +1,14 @@
 """The lean loop: post-pre-training of the new blocks, or of everything, with exact resume."""
 
 import hashlib
+import logging
 import math
 import signal
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 
 from llamapro import planner, run_state
 from llamapro.checkpoint import Checkpoint, stock_tensors
-from llamapro.data import Rows, load_tokens
+from llamapro.data import Rows, digest, load_tokens
 from llamapro.evaluate import perplexity
 from llamapro.hardware import (
     keep_freed_memory,
@@ -27,6 +28,8 @@ from llamapro.hardware import (
 from llamapro.model import Llama, LlamaConfig
 from llamapro.optimizer import Optimizer
 from llamapro.progress import Progress
+
+log = logging.getLogger("llamapro")
 
 TRAINABLE = ("new_blocks", "all")
 DTYPES = ("auto", "bfloat16", "float32")
@@ -105,7 +108,7 @@ class TrainConfig:
 
 
 class Interrupted(RuntimeError):
-    """The run was stopped by Ctrl-C; its state is in a checkpoint."""
+    """The run was stopped by Ctrl-C or SIGTERM; its state is in a checkpoint."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> dict:
@@ -116,8 +119,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     run had not stopped. Raises before the first step: CheckpointError for the model, DataError
     for the data, FileExistsError for a run that exists and is not resumed. Raises
     FloatingPointError for a loss, gradient or perplexity that is not finite, before it can reach
-    a checkpoint, and Interrupted after Ctrl-C.
+    a checkpoint, and Interrupted after Ctrl-C or SIGTERM.
     """
+    config = replace(config, **run_state.whole_paths(asdict(config)))
     if not resume and Path(config.out).exists():
         raise FileExistsError(f"{config.out} exists: resume it, or name a new run directory")
     device = pick_device(config.device)
@@ -126,7 +130,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     if config.dtype == "auto":
         started = run_state.settings(config.out)["dtype"] if resume else pick_dtype(device)
         config = replace(config, dtype=started)
+    if resume:
+        run_state.check_settings(config)
     shape = Checkpoint(config.model).config
+    if config.seq_len > shape.max_position_embeddings:
+        log.warning(
+            "rows of %d tokens, %s was made for %d",
+            config.seq_len,
+            config.model,
+            shape.max_position_embeddings,
+        )
     rows, heldout = _open_data(config, shape.vocab_size)
     save = _policies(config, shape, device)
     model = Llama.from_pretrained(config.model, getattr(torch, config.dtype), device)
@@ -137,7 +150,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     optimizer = Optimizer(
         model, clip=config.clip, weight_decay=config.weight_decay, betas=config.betas
     )
-    with run_state.open_run(config, frozen, resume=resume) as run, _ctrl_c() as stop:
+    data = {name: digest(path) for name, path in _sets(config).items()}
+    with run_state.open_run(config, frozen, data, resume=resume) as run, _asked_to_stop() as stop:
         step = run.restore(optimizer)
         with Progress(config.steps, step) as progress:
             _run_steps(run, model, optimizer, rows, heldout, step, progress, stop)
@@ -149,8 +163,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
 def _run_steps(run, model, optimizer, rows, heldout, step, progress, stop) -> None:
     """From `step` to the last one; evaluations and checkpoints where they are due."""
     config = run.config
-    if not step:
-        run.log(_evaluation(model, heldout, config, 0), progress)
+    evaluated = {record["step"] for record in run.records("perplexity")}
+    if step % config.eval_every == 0 and step not in evaluated:  # at first, or where it stopped
+        run.log(_evaluation(model, heldout, config, step), progress)
     while step < config.steps:
         began = time.perf_counter()
         metrics = take_step(model, optimizer, rows, config, step)
@@ -228,17 +243,27 @@ def _policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> 
     sizes = config.batch_size, config.seq_len, getattr(torch, config.dtype), device.type
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     limit = planner.usable(config.memory) - libraries
-    return planner.choose_save(planner.Workload(shape, trainable, *sizes), limit)
+    try:
+        return planner.choose_save(planner.Workload(shape, trainable, *sizes), limit)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (of {config.memory}, {1 - planner.USABLE:.0%} are kept back for what"
+            f" allocators lose, and {libraries / 1e9:.2f} GB are in use already)"
+        ) from None
 
 
 def _open_data(config: TrainConfig, vocab: int) -> tuple[Rows, dict[str, Rows]]:
     """Training rows, and the held-out rows of the domain and of the further sets."""
-    seq_len = config.seq_len
-    rows = Rows(load_tokens(config.data, "train", vocab), seq_len, config.seed)
-    sets = {"domain": config.data, **config.evaluate}
+    rows = Rows(load_tokens(config.data, "train", vocab), config.seq_len, config.seed)
     return rows, {
-        name: Rows(load_tokens(data, "heldout", vocab), seq_len) for name, data in sets.items()
+        name: Rows(load_tokens(data, "heldout", vocab), config.seq_len)
+        for name, data in _sets(config).items()
     }
+
+
+def _sets(config: TrainConfig) -> dict[str, str]:
+    """The data directories that are evaluated on, by name."""
+    return {"domain": config.data, **config.evaluate}
 
 
 def _evaluation(model: Llama, heldout: dict[str, Rows], config: TrainConfig, step: int) -> dict:
@@ -252,20 +277,24 @@ def _evaluation(model: Llama, heldout: dict[str, Rows], config: TrainConfig, ste
 
 
 @contextmanager
-def _ctrl_c():
-    """The first Ctrl-C is remembered until the step is done; a second one ends at once."""
+def _asked_to_stop():
+    """The first Ctrl-C or SIGTERM is remembered until the step is done; a second ends at once."""
     asked = []
 
     def remember(number, frame):
         asked.append(number)
-        signal.signal(signal.SIGINT, before)
+        restore()
         print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGINT, remember)
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import torch
 from llamapro.report import command, frozen_verdict
 from llamapro.train import TrainConfig
 
@@ -78,10 +80,30 @@ def test_eval_prints_json(run, tiny_path, token_data):
     assert result["perplexity"] == pytest.approx(2.718281828459045 ** result["loss"])
 
 
+def test_an_evaluation_of_nothing_or_that_gives_no_number(
+    run, tiny, tiny_path, token_data, tmp_path
+):
+    rows = ("--seq-len", 16, "--dtype", "float32")
+    assert (
+        "max_tokens must be at least 1"
+        in run("eval", tiny_path, token_data(), *rows, "--max-tokens", 0)[0]
+    )
+    assert (
+        "seq_len must be at least 1"
+        in run("eval", tiny_path, token_data("more"), "--seq-len", 0)[0]
+    )
+    model = tiny()
+    torch.nn.init.constant_(model.norm, float("nan"))
+    broken = model.save_pretrained(tmp_path / "broken")
+    code, out = run("eval", broken, token_data("again"), *rows)
+    assert "a finite perplexity expected" in code and not out
+
+
 def test_report_measures_all_models(run, trained, monkeypatch, tmp_path):
     from llamapro import report
 
     monkeypatch.setattr(report, "complete", lambda *_: "text")  # no tokenizer here
+    monkeypatch.setattr(report, "encode_prompt", lambda *_: None)
     base, runs = trained
     code, out = run("report", base, *runs, "--out", tmp_path / "report")
     page = (tmp_path / "report" / "report.md").read_text()
@@ -100,6 +122,48 @@ def test_report_measures_all_models(run, trained, monkeypatch, tmp_path):
             "betas": (0.9, 0.95)
         }
     assert "Each run saw 128 tokens, the same in the same order." in page
+    assert page.count("| expanded, new blocks trained |") == 1
+
+
+def test_runs_of_one_kind_have_names_of_their_own():
+    from llamapro.report import _names
+
+    runs = [{"config": {"trainable": "new_blocks"}, "path": Path(f"r/{x}/run")} for x in "ab"]
+    runs.append({"config": {"trainable": "all"}, "path": Path("r/full")})
+    *blocks, full = _names(runs)
+    assert [name.split(" (")[1] for name in blocks] == ["a/run)", "b/run)"] and "(" not in full
+
+
+def test_a_report_that_cannot_be_is_refused_before_anything_is_measured(
+    run, trained, tiny, tmp_path, monkeypatch
+):
+    from llamapro import report
+
+    monkeypatch.setattr(report, "_measure", None)
+    monkeypatch.setattr(report, "encode_prompt", lambda *_: None)
+    base, runs = trained
+    model, out = tiny(), tmp_path / "report"
+    torch.nn.init.normal_(model.embed_tokens.weight)
+    other = model.save_pretrained(tmp_path / "other")
+    (tmp_path / "there").mkdir()
+    for arguments, message in (
+        ((other, *runs, "--out", out), "whose embeddings differ"),
+        ((base, *runs, "--out", tmp_path / "there"), "there exists"),
+        ((base, *runs, "--out", out, "--max-tokens", 0), "a token of each set expected"),
+        ((base, "--out", out), "a run and"),
+    ):
+        code, _ = run("report", *arguments)
+        assert message in code
+    (runs[0] / "summary.json").write_text("{}")
+    code, _ = run("report", base, *runs, "--out", out)
+    assert "summary.json: ['config'" in code and not out.exists()
+
+
+@pytest.mark.parametrize("prompt", ["", "\udcff"])
+def test_prompts_that_are_no_text(run, smollm2, prompt, monkeypatch):
+    monkeypatch.setattr(cli, "_load", None)
+    code, _ = run("generate", smollm2, prompt)
+    assert code.startswith("llamapro: a prompt ")
 
 
 def test_commands_without_further_sets_parse(tiny_path):

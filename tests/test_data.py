@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from llamapro.data import DataError, Rows, load_tokens, prepare
+from llamapro import data
+from llamapro.data import DataError, Rows, load_tokenizer, load_tokens, prepare
 
 
 @pytest.fixture
@@ -53,8 +54,6 @@ def test_every_file_is_in_one_part(corpus, tokenizer, tmp_path):
 
 
 def test_text_survives(corpus, tokenizer, tmp_path):
-    from llamapro.data import load_tokenizer
-
     prepare([corpus / "deep" / "f3.py"], tokenizer, tmp_path / "out", heldout=0.0)
     (only,) = documents(tmp_path / "out", "train")
     assert load_tokenizer(tokenizer).decode(list(only[:-1])) == "value_3 = 3\n" * 10
@@ -152,3 +151,35 @@ def test_a_batch_depends_on_its_place_alone():
     whole = rows.batch(300, 6)[0]
     parts = torch.cat([rows.batch(300, 2)[0], rows.batch(302, 4)[0]])
     assert torch.equal(whole, parts)
+
+
+def test_what_is_no_text_or_hidden_is_left_out(tokenizer, tmp_path, caplog):
+    folder = tmp_path / "text"
+    files = {"a.txt": "ä b".encode("utf-8-sig"), "b.txt": b"cd", ".git/config": b"e f"}
+    others = {"latin.txt": "ä b".encode("latin-1"), "wide.txt": "a b".encode("utf-16")}
+    for name, content in {**files, **others, "zero.bin": b"a\0b"}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    meta = prepare([folder], tokenizer, tmp_path / "out", heldout=0.5)
+    assert meta["documents"] == {"heldout": 1, "train": 1} and meta["skipped"] == 3
+    assert "skipped 3 files that are no UTF-8 text" in caplog.text
+    texts = [documents(tmp_path / "out", part) for part in ("train", "heldout")]
+    decode = load_tokenizer(tokenizer).decode
+    assert {decode(list(only[:-1])) for (only,) in texts} == {"ä b", "cd"}
+    with pytest.raises(DataError, match="no text in UTF-8 in the 1 files"):
+        prepare([folder / "latin.txt"], tokenizer, tmp_path / "none")
+
+
+def test_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch):
+    prepare([corpus], tokenizer, tmp_path / "whole")
+    monkeypatch.setattr(data, "BATCH", 200)
+    prepare([corpus], tokenizer, tmp_path / "parts")
+    for name in ("train.bin", "heldout.bin", "meta.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_the_digest_is_that_of_the_tokens(corpus, tokenizer, tmp_path):
+    for name, pattern in (("a", "*.py"), ("b", "*.py"), ("c", "*")):
+        prepare([corpus], tokenizer, tmp_path / name, pattern=pattern)
+    a, b, c = (data.digest(tmp_path / name) for name in "abc")
+    assert a == b != c and len(a) == 32

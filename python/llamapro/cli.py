@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,8 @@ def prepare(
         sources, tokenizer, out, pattern=pattern, heldout=heldout, separator=separator
     )
     print(f"{out}: {meta['tokens']} tokens of {meta['documents']} documents")
+    if meta["skipped"]:
+        print(f"skipped: {meta['skipped']} files that are no text in UTF-8")
 
 
 def train(
@@ -114,9 +117,12 @@ def evaluate(
         max_tokens: Evenly spread over the part; all of it by default.
         dtype: bfloat16, float32 or auto: bfloat16, unless fp32 is twice as fast here.
     """
-    llama = _load(model, dtype, device)
-    tokens = data.load_tokens(data_directory, "heldout", llama.config.vocab_size)
-    print(json.dumps(perplexity(llama, data.Rows(tokens, seq_len), max_tokens)))
+    tokens = data.load_tokens(data_directory, "heldout", read_config(model).vocab_size)
+    rows = data.Rows(tokens, seq_len)
+    result = perplexity(_load(model, dtype, device), rows, max_tokens)
+    if not math.isfinite(result["perplexity"]):  # JSON has no word for it
+        raise FloatingPointError(f"a finite perplexity expected, got {result}")
+    print(json.dumps(result))
 
 
 def generate(
@@ -135,6 +141,7 @@ def generate(
         temperature: 0 is greedy.
         top_p: Sample from the smallest set of tokens with this much probability.
     """
+    report_module.encode_prompt(model, prompt)  # a bad one is refused at once
     llama = _load(model, dtype, device)
     sampling = {"temperature": temperature, "top_p": top_p}
     print(report_module.complete(llama, model, prompt, max_new_tokens, **sampling))

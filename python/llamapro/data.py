@@ -1,11 +1,13 @@
 """Text to token files, and token files to batches.
 
 A data directory holds train.bin and heldout.bin, documents one after the other with a separator
-after each, as uint16 or uint32, and meta.json.
+after each and no token for their beginning, as uint16 or uint32, and meta.json.
 """
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +16,9 @@ import numpy as np
 import torch
 
 from llamapro.storage import new_directory
+
+BATCH = 2**22  # characters that are encoded at a time
+log = logging.getLogger("llamapro")
 
 
 class DataError(ValueError):
@@ -36,16 +41,19 @@ def load_tokenizer(model):
 def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None) -> dict:
     """Tokenize files into the new data directory `out` and return its meta.json.
 
-    sources: files, or folders searched for `pattern`. tokenizer: a model directory. heldout: the
-    share of the text set aside, by whole files: no file is in both parts. separator: the token
-    after each document, by default the model's end of sequence.
+    sources: files, or folders searched for `pattern`, but for what is hidden there. Text is in
+    UTF-8; other files are skipped and counted. All text is held in memory. tokenizer: a model
+    directory. heldout: the share of the text set aside, by whole files: no file is in both parts.
+    separator: the token after each document, by default the model's end of sequence.
     Raises DataError when there is no text, FileExistsError when `out` exists.
     """
     if not 0 <= heldout <= 1:
         raise DataError(f"heldout must be a share between 0 and 1, got {heldout}")
-    texts = _documents([Path(s) for s in sources], pattern)
+    texts, skipped = _documents([Path(s) for s in sources], pattern)
     encode = load_tokenizer(tokenizer)
     encode.encode_special_tokens = True  # text that looks like a special token stays text
+    encode.no_padding()
+    encode.no_truncation()
     separator_id = _separator_id(encode, tokenizer, separator)
     highest = max(encode.get_vocab_size() - 1, separator_id)
     dtype = np.uint16 if highest < 2**16 else np.uint32
@@ -56,16 +64,20 @@ def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None
         "separator": separator_id,
         "max_token": 0,
         "documents": {part: len(documents) for part, documents in parts.items()},
+        "skipped": skipped,
         "tokens": {},
     }
     digest = hashlib.blake2b(digest_size=16)
     with new_directory(out) as directory:
         for part, documents in parts.items():
-            ids = _encode(encode, documents, separator_id, dtype)
-            ids.tofile(directory / f"{part}.bin")
-            digest.update(ids.data)
-            meta["tokens"][part] = len(ids)
-            meta["max_token"] = max(meta["max_token"], int(ids.max(initial=0)))
+            meta["tokens"][part] = 0
+            with open(directory / f"{part}.bin", "wb") as file:
+                for batch in _batches(documents):
+                    ids = _encode(encode, batch, separator_id, dtype)
+                    file.write(ids.data)
+                    digest.update(ids.data)
+                    meta["tokens"][part] += len(ids)
+                    meta["max_token"] = max(meta["max_token"], int(ids.max()))
         meta["digest"] = digest.hexdigest()
         (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
@@ -95,23 +107,46 @@ def _split(texts: list[str], heldout: float) -> dict[str, list[str]]:
     return parts
 
 
-def _documents(sources: list[Path], pattern: str) -> list[str]:
-    """Texts in an order that is fixed and mixes folders: by a hash of the path."""
+def _documents(sources: list[Path], pattern: str) -> tuple[list[str], int]:
+    """Texts in an order that is fixed and mixes folders, by a hash of the path; how many files
+    were skipped because they are no text in UTF-8."""
     found: dict[Path, bytes] = {}
     for source in sources:
-        if not source.exists():
-            raise DataError(f"{source}: text expected, got no such file or folder")
-        files = [f for f in source.rglob(pattern) if f.is_file()] if source.is_dir() else [source]
-        root = source if source.is_dir() else source.parent
-        for file in files:
-            digest = hashlib.sha256(str(file.relative_to(root)).encode()).digest()
+        for file, name in _files(source, pattern):
+            digest = hashlib.sha256(str(name).encode()).digest()
             found.setdefault(file.resolve(), digest)  # a file named twice is one document
     ordered = sorted(found, key=lambda file: (found[file], file))
-    texts = [f.read_text(encoding="utf-8", errors="replace") for f in ordered]
-    texts = [text for text in texts if text.strip() and "\0" not in text]  # no binary files
+    read = {file: _text(file) for file in ordered}
+    other = [file for file, text in read.items() if text is None]
+    if other:
+        log.warning("skipped %d files that are no UTF-8 text: %s ...", len(other), other[0])
+    texts = [text for text in read.values() if text and text.strip()]
     if not texts:
-        raise DataError(f"no text in {[str(s) for s in sources]} matching {pattern!r}")
-    return texts
+        where = f"{[str(s) for s in sources]} matching {pattern!r}"
+        raise DataError(f"no text in UTF-8 in the {len(found)} files in {where}")
+    return texts, len(other)
+
+
+def _files(source: Path, pattern: str) -> Iterator[tuple[Path, Path]]:
+    """Files and their names below the source, without what is hidden there, such as .git."""
+    if not source.exists():
+        raise DataError(f"{source}: text expected, got no such file or folder")
+    if not source.is_dir():
+        yield source, Path(source.name)
+        return
+    for file in source.rglob(pattern):
+        name = file.relative_to(source)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            yield file, name
+
+
+def _text(file: Path) -> str | None:
+    """None for what is no text in UTF-8."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
 
 
 def _separator_id(encode, tokenizer, separator: str | None) -> int:
@@ -127,10 +162,22 @@ def _separator_id(encode, tokenizer, separator: str | None) -> int:
     return eos
 
 
+def _batches(documents: list[str]) -> Iterator[list[str]]:
+    """Some documents at a time: encodings take 30 times the memory of their text."""
+    batch, held = [], 0
+    for document in documents:
+        batch.append(document)
+        held += len(document)
+        if held >= BATCH:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
 def _encode(encode, documents: list[str], separator_id: int, dtype) -> np.ndarray:
     encoded = encode.encode_batch(documents, add_special_tokens=False)
-    pieces = [np.array([*document.ids, separator_id], dtype=dtype) for document in encoded]
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype)
+    return np.concatenate([np.array([*d.ids, separator_id], dtype=dtype) for d in encoded])
 
 
 def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:
@@ -177,9 +224,13 @@ class Rows:
     seed: int = 0
 
     def __post_init__(self):
+        if self.seq_len < 1:
+            raise DataError(f"seq_len must be at least 1, got {self.seq_len}")
         if len(self) < 1:
+            where = f"{self.tokens.filename}: " if hasattr(self.tokens, "filename") else ""
             raise DataError(
-                f"at least seq_len + 1 = {self.seq_len + 1} tokens expected, got {len(self.tokens)}"
+                f"{where}at least seq_len + 1 = {self.seq_len + 1} tokens expected,"
+                f" got {len(self.tokens)}"
             )
 
     def __len__(self) -> int:

@@ -12,8 +12,11 @@ ROWS_AT_A_TIME = 4
 def perplexity(model: Llama, rows: Rows, max_tokens: int | None = None) -> dict:
     """{"loss", "perplexity", "tokens"} over at most `max_tokens`, evenly spread over `rows`.
 
-    The loss is in nats per token. Rows are independent: each starts without context.
+    The loss is in nats per token. Rows are independent: each starts without context. Raises
+    ValueError for less than a token.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     count = len(rows) if max_tokens is None else max(1, min(len(rows), max_tokens // rows.seq_len))
     device = model.embed_tokens.weight.device
     places = [i * len(rows) // count for i in range(count)]

@@ -30,17 +30,21 @@ def report(
     base: model directory. runs: finished run directories; the held-out sets, sequence length and
     dtype are those of the first. max_tokens: of each held-out set. Every figure is measured here
     or read from the run's own files.
-    Raises FileExistsError when `out` exists, FileNotFoundError for an unfinished run.
+    Raises, before anything is measured, FileExistsError when `out` exists, FileNotFoundError for
+    an unfinished run, and ValueError for a run of another base.
     """
-    runs = [_read_run(Path(run)) for run in runs]
-    how = (runs[0]["config"], max_tokens, prompt)
-    rows = [{"name": "base", "path": Path(base), **_measure(base, *how)}]
-    for run in runs:
-        final = run["path"] / "final"
-        name = NAMES[run["config"]["trainable"]]
-        name = f"{name} ({run['path'].name})" if name in [row["name"] for row in rows] else name
-        rows.append({"name": name, **run, "path": final, **_measure(final, *how)})
+    if not runs or max_tokens < 1:
+        raise ValueError(f"a run and a token of each set expected, got {len(runs)}, {max_tokens}")
     with new_directory(out) as directory:
+        runs = [_read_run(Path(run)) for run in runs]
+        for run in runs:
+            _check_base(base, run)
+        encode_prompt(base, prompt)
+        how = (runs[0]["config"], max_tokens, prompt)
+        rows = [{"name": "base", "path": Path(base), **_measure(base, *how)}]
+        for name, run in zip(_names(runs), runs, strict=True):
+            final = run["path"] / "final"
+            rows.append({"name": name, **run, "path": final, **_measure(final, *how)})
         _draw(rows, directory / "report.png")
         (directory / "report.md").write_text(_page(rows, max_tokens, prompt, notes))
     return Path(out) / "report.md"
@@ -66,13 +70,39 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _read_run(path: Path) -> dict:
     if not (path / "summary.json").exists():
         raise FileNotFoundError(f"{path}: a finished run expected, got no summary.json")
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return {
-        **json.loads((path / "summary.json").read_text()),
-        "path": path,
-        "metrics": [json.loads(line) for line in lines],
-        "frozen": frozen_verdict(path),
-    }
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path}: a finished run's JSON expected, got {error}") from None
+    missing = {"config", "dtype", "device", "tokens_per_second"} - set(summary)
+    if missing:
+        raise ValueError(f"{path}/summary.json: {sorted(missing)} expected, got none")
+    return {**summary, "path": path, "metrics": metrics, "frozen": frozen_verdict(path)}
+
+
+def _check_base(base, run: dict) -> None:
+    """Neither expansion nor the start of a run changes the embeddings."""
+    start, name = run["config"]["model"], "model.embed_tokens.weight"
+    if not _same_bytes(*(Checkpoint(model).tensors[name].load() for model in (base, start))):
+        raise ValueError(
+            f"{run['path']}: a run that started from {base} expected, got one from {start},"
+            " whose embeddings differ"
+        )
+
+
+def _names(runs: list[dict]) -> list[str]:
+    """What was trained; where that repeats, also the shortest end of the path that tells apart."""
+    kinds = [NAMES[run["config"]["trainable"]] for run in runs]
+    parts = [run["path"].absolute().parts for run in runs]
+    length = 1
+    while len({p[-length:] for p in parts}) < len({*parts}):
+        length += 1
+    return [
+        f"{kind} ({'/'.join(p[-length:])})" if kinds.count(kind) > 1 else kind
+        for kind, p in zip(kinds, parts, strict=True)
+    ]
 
 
 def _measure(model_path, config: dict, max_tokens: int, prompt: str) -> dict:
@@ -89,10 +119,22 @@ def _measure(model_path, config: dict, max_tokens: int, prompt: str) -> dict:
 
 def complete(model: Llama, model_path, prompt: str, max_new_tokens: int = 48, **sampling) -> str:
     """Prompt and continuation as text."""
-    tokenizer = load_tokenizer(model_path)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    tokenizer, ids = encode_prompt(model_path, prompt)
     tokens = torch.tensor([ids], device=model.norm.device)
     return tokenizer.decode(model.generate(tokens, max_new_tokens, **sampling)[0].tolist())
+
+
+def encode_prompt(model_path, prompt: str):
+    """The tokenizer and the ids of the prompt; with a token for the beginning, where it has one."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a prompt in UTF-8 expected, got {prompt!r}: {error}") from None
+    tokenizer = load_tokenizer(model_path)
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise ValueError(f"a prompt of at least one token expected, got {prompt!r}")
+    return tokenizer, ids
 
 
 def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
@@ -182,30 +224,41 @@ def _draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for row in rows[1:]:
-        steps = [m for m in row["metrics"] if "loss" in m]
-        losses = [m["loss"] for m in steps]
-        (line,) = left.plot([m["step"] for m in steps], losses, alpha=0.3, linewidth=1)
-        smooth = [
-            sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1])
-            for i in range(len(losses))
-        ]
-        left.plot([m["step"] for m in steps], smooth, color=line.get_color(), label=row["name"])
-    left.set(xlabel="step", ylabel="loss, nats per token", title="training loss (mean of 10 steps)")
-    left.legend(frameon=False)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    _draw_losses(left, rows[1:])
+    _draw_perplexities(right, rows)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_losses(axis, runs: list[dict]) -> None:
+    for run in runs:
+        taken = [m for m in run["metrics"] if "loss" in m]
+        steps, losses = [m["step"] for m in taken], [m["loss"] for m in taken]
+        (line,) = axis.plot(steps, losses, alpha=0.3, linewidth=1)
+        last = (losses[max(0, i - 9) : i + 1] for i in range(len(losses)))
+        smooth = [sum(few) / len(few) for few in last]
+        marker = "." if len(steps) < 10 else None
+        axis.plot(steps, smooth, color=line.get_color(), marker=marker)
+    axis.set(xlabel="step", ylabel="loss, nats per token", title="training loss (mean of 10 steps)")
+    axis.set_xlim(left=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_perplexities(axis, rows: list[dict]) -> None:
     sets = list(rows[0]["perplexity"])
     width = 0.8 / len(rows)
+    upright = len(rows) * len(sets) > 8  # side by side the numbers would not have room
     for i, row in enumerate(rows):
         values = [row["perplexity"][name]["perplexity"] for name in sets]
         places = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(sets))]
         color = "0.6" if i == 0 else f"C{i - 1}"
-        bars = right.bar(places, values, width * 0.94, color=color, label=row["name"])
-        right.bar_label(bars, fmt="%.2f", fontsize=8)
-    right.set_xticks(range(len(sets)), sets)
-    right.set(ylabel="perplexity", title="held-out perplexity, lower is better")
-    right.legend(frameon=False)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+        bars = axis.bar(places, values, width * 0.94, color=color, label=row["name"])
+        axis.bar_label(bars, fmt="%.2f", fontsize=8, rotation=90 if upright else 0, padding=2)
+    axis.margins(y=0.25 if upright else 0.05)
+    slant = 20 if sum(map(len, sets)) > 40 else 0
+    axis.set_xticks(range(len(sets)), sets, rotation=slant, ha="right" if slant else "center")
+    axis.set(ylabel="perplexity", title="held-out perplexity, lower is better")

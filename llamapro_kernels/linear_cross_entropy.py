@@ -61,6 +61,7 @@ def linear_cross_entropy_reference(
 
 def linear_cross_entropy_backward_reference(dloss, x, weight, targets, lse, ignore_index):
     """dweight when each token has an upstream gradient of its own: dloss is (N,)."""
+    _check_targets(targets, ignore_index, weight.shape[0])  # again: NumPy may have written to them
     dweight = weight.new_zeros(weight.shape, dtype=lse.dtype)
     for rows in pieces(len(x), _chunk_tokens(len(weight), x.device.type)):
         logits = torch.nn.functional.linear(x[rows], weight).to(lse.dtype)
@@ -149,7 +150,7 @@ def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *
 
 def _backward_weight(dloss, x, weight, targets, lse, ignore_index, *, gradient):
     """gradient(logits, targets, ignore_index, lse, dloss) turns logits to their gradient."""
-    _check_targets(targets, ignore_index, weight.shape[0])  # again: NumPy may have written to them
+    _check_targets(targets, ignore_index, weight.shape[0])
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
     targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):

@@ -20,7 +20,7 @@ import torch
 from llamapro import data, expansion, planner
 from llamapro import report as report_module
 from llamapro.checkpoint import read_config
-from llamapro.evaluate import perplexity
+from llamapro.evaluate import perplexity, spread
 from llamapro.hardware import matmul_rate, pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.train import DTYPES, Interrupted, TrainConfig
@@ -73,7 +73,7 @@ def prepare(
     """Turn text files into a data directory for training and evaluation.
 
     Args:
-        sources: Files, or folders searched for the pattern.
+        sources: UTF-8 files, or folders searched for the pattern; what is hidden there is left out.
         tokenizer: Model directory with a tokenizer.json.
         out: New data directory.
         pattern: File names to take from folders, such as *.py.
@@ -84,8 +84,6 @@ def prepare(
         sources, tokenizer, out, pattern=pattern, heldout=heldout, separator=separator
     )
     print(f"{out}: {meta['tokens']} tokens of {meta['documents']} documents")
-    if meta["skipped"]:
-        print(f"skipped: {meta['skipped']} files that are no text in UTF-8")
 
 
 def train(
@@ -119,6 +117,7 @@ def evaluate(
     """
     tokens = data.load_tokens(data_directory, "heldout", read_config(model).vocab_size)
     rows = data.Rows(tokens, seq_len)
+    spread(rows, max_tokens)  # a bad number is refused before the model is loaded
     result = perplexity(_load(model, dtype, device), rows, max_tokens)
     if not math.isfinite(result["perplexity"]):  # JSON has no word for it
         raise FloatingPointError(f"a finite perplexity expected, got {result}")

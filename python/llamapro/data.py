@@ -1,13 +1,16 @@
 """Text to token files, and token files to batches.
 
-A data directory holds train.bin and heldout.bin, documents one after the other with a separator
-after each and no token for their beginning, as uint16 or uint32, and meta.json.
+A data directory holds train.bin and heldout.bin, documents one after the other as uint16 or uint32,
+and meta.json. The model's end-of-sequence token separates documents, it stands after each; no
+beginning-of-sequence token is added.
 """
 
+import errno
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 
 from llamapro.storage import new_directory
 
-BATCH = 2**22  # characters that are encoded at a time
+BATCH = 2**22  # characters that are read or encoded at a time
 log = logging.getLogger("llamapro")
 
 
@@ -41,93 +44,57 @@ def load_tokenizer(model):
 def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None) -> dict:
     """Tokenize files into the new data directory `out` and return its meta.json.
 
-    sources: files, or folders searched for `pattern`, but for what is hidden there. Text is in
-    UTF-8; other files are skipped and counted. All text is held in memory. tokenizer: a model
-    directory. heldout: the share of the text set aside, by whole files: no file is in both parts.
-    separator: the token after each document, by default the model's end of sequence.
-    Raises DataError when there is no text, FileExistsError when `out` exists.
+    sources: UTF-8 files, or folders searched for `pattern`; there, what is hidden is left out, and
+    what is not UTF-8 text is skipped and counted. tokenizer: a model directory. heldout: the share
+    of the text set aside, by whole files: no file is in both parts. separator: the token after
+    each document, by default the model's end of sequence; no beginning-of-sequence token is added.
+    Files are read twice, to split them and to encode them; memory holds some megabytes of text and
+    their encodings, or the largest file and its. Raises DataError for a source or a setting that
+    is not what it should be and when there is no text, FileExistsError when `out` exists.
     """
     if not 0 <= heldout <= 1:
         raise DataError(f"heldout must be a share between 0 and 1, got {heldout}")
-    texts, skipped = _documents([Path(s) for s in sources], pattern)
     encode = load_tokenizer(tokenizer)
     encode.encode_special_tokens = True  # text that looks like a special token stays text
     encode.no_padding()
     encode.no_truncation()
     separator_id = _separator_id(encode, tokenizer, separator)
-    highest = max(encode.get_vocab_size() - 1, separator_id)
-    dtype = np.uint16 if highest < 2**16 else np.uint32
-    parts = _split(texts, heldout)
-    meta = {
-        "dtype": np.dtype(dtype).name,
-        "vocab_size": encode.get_vocab_size(),
-        "separator": separator_id,
-        "max_token": 0,
-        "documents": {part: len(documents) for part, documents in parts.items()},
-        "skipped": skipped,
-        "tokens": {},
-    }
-    digest = hashlib.blake2b(digest_size=16)
-    with new_directory(out) as directory:
-        for part, documents in parts.items():
-            meta["tokens"][part] = 0
-            with open(directory / f"{part}.bin", "wb") as file:
-                for batch in _batches(documents):
-                    ids = _encode(encode, batch, separator_id, dtype)
-                    file.write(ids.data)
-                    digest.update(ids.data)
-                    meta["tokens"][part] += len(ids)
-                    meta["max_token"] = max(meta["max_token"], int(ids.max()))
-        meta["digest"] = digest.hexdigest()
+    files = _files([Path(s) for s in sources], pattern)
+    with _full_disk_named(out), new_directory(out) as directory:
+        sizes, skipped = _sizes(files)
+        parts = _split(sizes, heldout)
+        meta = {
+            "vocab_size": encode.get_vocab_size(),
+            "separator": separator_id,
+            "documents": {part: len(documents) for part, documents in parts.items()},
+            "skipped": skipped,
+            **_write(directory, parts, encode, separator_id),
+        }
         (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 
 
 def digest(data) -> str:
-    """A hash of a data directory's tokens; empty for one that was made before there was any."""
+    """A hash of a data directory's train.bin and heldout.bin, in this order, from its meta.json;
+    empty for one that was made before there was any."""
     return json.loads((Path(data) / "meta.json").read_text()).get("digest", "")
 
 
-def _split(texts: list[str], heldout: float) -> dict[str, list[str]]:
-    """Whole documents, in order, until the share is reached; not one that would double it."""
-    aside = heldout * sum(len(text) for text in texts)
-    taken, parts = 0, {"heldout": [], "train": []}
-    for text in texts:
-        fits = taken < aside and taken + len(text) <= 2 * aside
-        parts["heldout" if fits or heldout == 1 else "train"].append(text)
-        taken += len(text) if fits else 0
-    if 0 < heldout < 1 and not parts["heldout"]:
-        smallest = min(range(len(texts)), key=lambda i: len(texts[i]))
-        parts["heldout"].append(parts["train"].pop(smallest))
-    if heldout < 1 and not parts["train"]:
-        raise DataError(
-            f"{len(texts)} document cannot be split by file into training and held-out text;"
-            " more files, or heldout 0 or 1, expected"
-        )
-    return parts
-
-
-def _documents(sources: list[Path], pattern: str) -> tuple[list[str], int]:
-    """Texts in an order that is fixed and mixes folders, by a hash of the path; how many files
-    were skipped because they are no text in UTF-8."""
+def _files(sources: list[Path], pattern: str) -> dict[Path, bool]:
+    """Files, and whether each is itself a source, in an order that is fixed and mixes folders: by
+    a hash of the path. A file that is named twice is there once."""
     found: dict[Path, bytes] = {}
     for source in sources:
-        for file, name in _files(source, pattern):
-            digest = hashlib.sha256(str(name).encode()).digest()
-            found.setdefault(file.resolve(), digest)  # a file named twice is one document
-    ordered = sorted(found, key=lambda file: (found[file], file))
-    read = {file: _text(file) for file in ordered}
-    other = [file for file, text in read.items() if text is None]
-    if other:
-        log.warning("skipped %d files that are no UTF-8 text: %s ...", len(other), other[0])
-    texts = [text for text in read.values() if text and text.strip()]
-    if not texts:
-        where = f"{[str(s) for s in sources]} matching {pattern!r}"
-        raise DataError(f"no text in UTF-8 in the {len(found)} files in {where}")
-    return texts, len(other)
+        for file, name in _search(source, pattern):
+            found.setdefault(file.resolve(), hashlib.sha256(str(name).encode()).digest())
+    if not found:
+        where = [str(source) for source in sources]
+        raise DataError(f"text expected, got no file matching {pattern!r} in {where}")
+    named = {source.resolve() for source in sources}
+    return {file: file in named for file in sorted(found, key=lambda file: (found[file], file))}
 
 
-def _files(source: Path, pattern: str) -> Iterator[tuple[Path, Path]]:
+def _search(source: Path, pattern: str) -> Iterator[tuple[Path, Path]]:
     """Files and their names below the source, without what is hidden there, such as .git."""
     if not source.exists():
         raise DataError(f"{source}: text expected, got no such file or folder")
@@ -140,13 +107,69 @@ def _files(source: Path, pattern: str) -> Iterator[tuple[Path, Path]]:
             yield file, name
 
 
-def _text(file: Path) -> str | None:
-    """None for what is no text in UTF-8."""
+def _sizes(files: dict[Path, bool]) -> tuple[dict[Path, int], int]:
+    """Characters of each file that has text, and how many were skipped: they are not UTF-8."""
+    sizes, skipped = {}, []
+    for file, is_source in files.items():
+        try:
+            sizes[file] = _size(file)
+        except DataError:
+            if is_source:
+                raise
+            skipped.append(file)
+    if skipped:
+        log.warning("skipped %d files that are not UTF-8 text: %s", len(skipped), _listed(skipped))
+    sizes = {file: size for file, size in sizes.items() if size}
+    if not sizes:
+        names = _listed([*files])
+        raise DataError(f"{len(files)} files match, none is UTF-8 text that is not blank: {names}")
+    return sizes, len(skipped)
+
+
+def _listed(files: list[Path]) -> str:
+    return ", ".join([*map(str, files[:3]), *["..."] * (len(files) > 3)])
+
+
+def _size(file: Path) -> int:
+    """In characters; 0 for a file that is blank."""
+    size, blank = 0, True
+    for piece in _pieces(file):
+        size += len(piece)
+        blank = blank and piece.isspace()
+    return 0 if blank else size
+
+
+def _pieces(file: Path) -> Iterator[str]:
+    """A file's text, so that one that is none need not fit in memory. Raises DataError there."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else text
+        with open(file, encoding="utf-8-sig") as text:
+            while piece := text.read(BATCH):
+                if "\0" in piece:
+                    raise DataError(f"{file}: UTF-8 text expected, got a NUL character")
+                yield piece
+    except UnicodeDecodeError as error:
+        wrong = error.object[error.start : error.end]
+        raise DataError(f"{file}: UTF-8 text expected, got {wrong} ({error.reason})") from None
+
+
+def _split(sizes: dict[Path, int], heldout: float) -> dict[str, list[Path]]:
+    """Whole documents, in order, until the share is reached; not one that would double it."""
+    aside = heldout * sum(sizes.values())
+    taken, parts = 0, {"train": [], "heldout": []}
+    for file, size in sizes.items():
+        fits = taken < aside and taken + size <= 2 * aside
+        parts["heldout" if fits or heldout == 1 else "train"].append(file)
+        taken += size if fits else 0
+    if 0 < heldout < 1 and not parts["heldout"]:
+        smallest = min(parts["train"], key=sizes.get)
+        parts["train"].remove(smallest)
+        parts["heldout"].append(smallest)
+    if heldout < 1 and not parts["train"]:
+        raise DataError(
+            f"{len(sizes)} document cannot be split by file into training and held-out text;"
+            " more files, or heldout 0 or 1, expected"
+        )
+    return parts
 
 
 def _separator_id(encode, tokenizer, separator: str | None) -> int:
@@ -162,7 +185,25 @@ def _separator_id(encode, tokenizer, separator: str | None) -> int:
     return eos
 
 
-def _batches(documents: list[str]) -> Iterator[list[str]]:
+def _write(directory: Path, parts: dict[str, list[Path]], encode, separator_id: int) -> dict:
+    """The token files; what meta.json says of them."""
+    highest = max(encode.get_vocab_size() - 1, separator_id)
+    dtype = np.dtype(np.uint16 if highest < 2**16 else np.uint32)
+    digest, tokens, max_token = hashlib.blake2b(digest_size=16), {}, 0
+    for part, files in parts.items():
+        tokens[part] = 0
+        with open(directory / f"{part}.bin", "wb") as file:
+            for batch in _batches("".join(_pieces(document)) for document in files):
+                ids = _encode(encode, batch, separator_id, dtype)
+                file.write(ids.data)
+                digest.update(ids.data)
+                tokens[part] += len(ids)
+                max_token = max(max_token, int(ids.max()))
+    hashed = digest.hexdigest()
+    return {"dtype": dtype.name, "tokens": tokens, "max_token": max_token, "digest": hashed}
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     """Some documents at a time: encodings take 30 times the memory of their text."""
     batch, held = [], 0
     for document in documents:
@@ -178,6 +219,17 @@ def _batches(documents: list[str]) -> Iterator[list[str]]:
 def _encode(encode, documents: list[str], separator_id: int, dtype) -> np.ndarray:
     encoded = encode.encode_batch(documents, add_special_tokens=False)
     return np.concatenate([np.array([*d.ids, separator_id], dtype=dtype) for d in encoded])
+
+
+@contextmanager
+def _full_disk_named(out) -> Iterator[None]:
+    """The error of a full disk says where: by itself it names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(out)
+        raise
 
 
 def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:
@@ -216,7 +268,7 @@ class Rows:
 
     Rows come in a new random order each epoch, which depends on `seed` alone: the place in the
     data is a number of rows, and going on after a stop needs no other state.
-    Raises DataError when there is not one row.
+    Raises DataError when there is not one row, or seq_len is below 1.
     """
 
     tokens: np.ndarray

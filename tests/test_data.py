@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from llamapro import data
 from llamapro.data import DataError, Rows, load_tokenizer, load_tokens, prepare
+from llamapro.evaluate import perplexity, spread
 
 
 @pytest.fixture
@@ -42,6 +44,12 @@ def corpus(tmp_path):
 def documents(directory, part, vocab=300):
     tokens = load_tokens(directory, part, vocab)
     return [tuple(d) for d in np.split(tokens, np.flatnonzero(tokens == 0) + 1)[:-1]]
+
+
+def texts(directory, tokenizer):
+    decode = load_tokenizer(tokenizer).decode
+    found = [d for part in ("train", "heldout") for d in documents(directory, part)]
+    return {decode(list(tokens[:-1])) for tokens in found}
 
 
 def test_every_file_is_in_one_part(corpus, tokenizer, tmp_path):
@@ -95,7 +103,7 @@ def test_a_large_file_stays_in_training(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"pattern": "*.rs"}, r"no text .* matching '\*\.rs'"),
+        ({"pattern": "*.rs"}, r"no file matching '\*\.rs' in \['.*corpus'\]"),
         ({"heldout": 1.5}, "got 1.5"),
         ({"separator": "<none>"}, "'<none>'"),
     ],
@@ -153,33 +161,154 @@ def test_a_batch_depends_on_its_place_alone():
     assert torch.equal(whole, parts)
 
 
-def test_what_is_no_text_or_hidden_is_left_out(tokenizer, tmp_path, caplog):
-    folder = tmp_path / "text"
-    files = {"a.txt": "ä b".encode("utf-8-sig"), "b.txt": b"cd", ".git/config": b"e f"}
-    others = {"latin.txt": "ä b".encode("latin-1"), "wide.txt": "a b".encode("utf-16")}
-    for name, content in {**files, **others, "zero.bin": b"a\0b"}.items():
+LATIN = "ä b".encode("latin-1")
+
+
+def write(folder, files):
+    for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    return folder
+
+
+def test_what_is_not_text_is_skipped(tokenizer, tmp_path, caplog):
+    good = {"a.txt": "ä\r\nb".encode("utf-8-sig"), "b.txt": b"cd"}
+    others = {"latin": LATIN, "wide": "a b".encode("utf-16"), "zero": b"a\0b", "cut": b"a\xc3"}
+    folder = write(tmp_path / "text", {**good, **others})
     meta = prepare([folder], tokenizer, tmp_path / "out", heldout=0.5)
-    assert meta["documents"] == {"heldout": 1, "train": 1} and meta["skipped"] == 3
-    assert "skipped 3 files that are no UTF-8 text" in caplog.text
-    texts = [documents(tmp_path / "out", part) for part in ("train", "heldout")]
-    decode = load_tokenizer(tokenizer).decode
-    assert {decode(list(only[:-1])) for (only,) in texts} == {"ä b", "cd"}
-    with pytest.raises(DataError, match="no text in UTF-8 in the 1 files"):
-        prepare([folder / "latin.txt"], tokenizer, tmp_path / "none")
+    assert meta["documents"] == {"heldout": 1, "train": 1} and meta["skipped"] == 4
+    (record,) = caplog.records
+    assert record.name == "llamapro" and "\n" not in record.message
+    assert record.message.startswith("skipped 4 files that are not UTF-8 text: ")
+    assert sum(str(folder / name) in record.message for name in others) == 3
+    assert texts(tmp_path / "out", tokenizer) == {"ä\nb", "cd"}
 
 
-def test_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch):
+def test_a_named_file_must_be_text(tokenizer, tmp_path):
+    folder = write(tmp_path, {"latin": LATIN, "zero": b"a\0b", "good": b"a"})
+    with pytest.raises(DataError, match=r"latin: UTF-8 text expected, got b'\\xe4'"):
+        prepare([folder / "good", folder / "latin"], tokenizer, tmp_path / "out")
+    with pytest.raises(DataError, match="zero: UTF-8 text expected, got a NUL"):
+        prepare([folder, folder / "zero"], tokenizer, tmp_path / "out", pattern="[gz]*")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_text(tokenizer, tmp_path):
+    folder = write(tmp_path / "text", {"latin": LATIN, "zero": b"a\0b", "blank": b" \n"})
+    with pytest.raises(DataError, match=r"3 files match, none is UTF-8 text .*text/"):
+        prepare([folder], tokenizer, tmp_path / "out")
+
+
+def test_what_is_hidden_is_not_searched(tokenizer, tmp_path):
+    files = {
+        ".git/config": b"e f",
+        "deep/.cache/x": b"g",
+        ".hidden": b"h",
+        "a": b"i",
+        "deep/b": b"j",
+    }
+    folder = write(tmp_path / ".text", files)
+    assert prepare([folder], tokenizer, tmp_path / "a")["documents"] == {"heldout": 1, "train": 1}
+    named = [folder / ".git", folder / ".hidden"]
+    assert prepare(named, tokenizer, tmp_path / "b")["documents"] == {"heldout": 1, "train": 1}
+
+
+def test_a_file_that_changes_while_it_is_read(tokenizer, tmp_path, monkeypatch):
+    split, folder = data._split, write(tmp_path / "text", {"a": b"a", "b": b"b"})
+
+    def change(sizes, heldout):
+        (folder / "a").write_bytes(content)
+        return split(sizes, heldout)
+
+    monkeypatch.setattr(data, "_split", change)
+    content = LATIN
+    with pytest.raises(DataError, match="a: UTF-8 text expected"):
+        prepare([folder], tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (folder / "a").write_bytes(b"a")
+    content = b"longer"
+    prepare([folder], tokenizer, tmp_path / "out")
+    assert texts(tmp_path / "out", tokenizer) == {"longer", "b"}
+
+
+def test_a_full_disk_is_named(corpus, tokenizer, tmp_path, monkeypatch):
+    def full(path, mode="r", **settings):
+        return open("/dev/full" if mode == "wb" else path, mode, **settings)
+
+    monkeypatch.setattr(data, "open", full, raising=False)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"):
+        prepare([corpus], tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_is_not_held_in_memory(tokenizer, tmp_path, monkeypatch):
+    """A batch is read when the one before it is written."""
+    monkeypatch.setattr(data, "BATCH", 100)
+    folder = write(tmp_path / "text", {f"{i}": b"ab " * 20 for i in range(30)})
+    pieces, encode, read, batches = data._pieces, data._encode, [], []
+
+    def encoded(tokenizer, documents, *rest):
+        batches.append((len(documents), len(read)))
+        return encode(tokenizer, documents, *rest)
+
+    monkeypatch.setattr(data, "_pieces", lambda file: read.append(file) or pieces(file))
+    monkeypatch.setattr(data, "_encode", encoded)
+    prepare([folder], tokenizer, tmp_path / "out", heldout=0)
+    assert batches == [(2, 30 + done) for done in range(2, 31, 2)]
+
+
+@pytest.mark.parametrize("size", [1, 200])
+def test_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch, size):
     prepare([corpus], tokenizer, tmp_path / "whole")
-    monkeypatch.setattr(data, "BATCH", 200)
+    monkeypatch.setattr(data, "BATCH", size)
     prepare([corpus], tokenizer, tmp_path / "parts")
     for name in ("train.bin", "heldout.bin", "meta.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_the_digest_is_that_of_the_tokens(corpus, tokenizer, tmp_path):
+def test_the_digest_is_that_of_the_tokens(corpus, tokenizer, tmp_path, token_data):
     for name, pattern in (("a", "*.py"), ("b", "*.py"), ("c", "*")):
         prepare([corpus], tokenizer, tmp_path / name, pattern=pattern)
     a, b, c = (data.digest(tmp_path / name) for name in "abc")
-    assert a == b != c and len(a) == 32
+    tokens = b"".join(
+        (tmp_path / "a" / f"{part}.bin").read_bytes() for part in ("train", "heldout")
+    )
+    assert a == hashlib.blake2b(tokens, digest_size=16).hexdigest()
+    assert a == b != c
+    assert data.digest(token_data()) == ""
+
+
+def test_a_token_file_without_a_row_is_named(token_data):
+    tokens = load_tokens(token_data(heldout=9), "heldout", 61)
+    with pytest.raises(DataError, match=r"data/heldout\.bin: .* 129 tokens expected, got 9"):
+        Rows(tokens, 128)
+
+
+@pytest.mark.parametrize("seq_len", [0, -1])
+def test_rows_of_nothing(seq_len):
+    with pytest.raises(ValueError, match=f"seq_len must be at least 1, got {seq_len}"):
+        Rows(np.arange(8), seq_len)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1])
+def test_an_evaluation_of_nothing(tiny, max_tokens):
+    with pytest.raises(ValueError, match=f"max_tokens must be at least 1, got {max_tokens}"):
+        perplexity(tiny(), Rows(np.arange(61), 8), max_tokens)
+
+
+def test_rows_that_are_evaluated_are_spread():
+    rows = Rows(np.arange(101), 10)
+    assert spread(rows) == spread(rows, 1000) == list(range(10))
+    assert spread(rows, 59) == [0, 2, 4, 6, 8]
+    assert spread(rows, 1) == [0]
+
+
+def test_eval_checks_its_numbers_before_it_loads(tiny_path, token_data, monkeypatch):
+    pytest.importorskip("tyro")
+    from llamapro import cli
+
+    monkeypatch.setattr(cli, "_load", None)
+    directory = token_data()
+    for settings, message in (((0,), "seq_len must"), ((16, 0), "max_tokens must")):
+        with pytest.raises(ValueError, match=message):
+            cli.evaluate(tiny_path, directory, *settings)

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t QUERIES = 64;  // of a block
 constexpr int64_t KEYS = 128;
-constexpr float LOG2E = 1.442695041f, LN2 = 0.693147181f;
+constexpr float LOG2E = 1.442695041f;
 
 // One head of a (B, T, H, D) tensor: rows of D numbers.
 template <class T>
@@ -22,6 +22,17 @@ struct Head : Rows<T> {
             static_cast<T*>(tensor.data_ptr()) + batch * tensor.stride(0) +
                 head * tensor.stride(2),
             tensor.size(1), tensor.size(3), tensor.stride(1), tensor.stride(3)) {}
+};
+
+// Of one head of (B, H, 2, T): each query's largest score, and log2 of the sum of 2^(its scores,
+// less that one, in base 2).
+struct Stats {
+  Stats(const Tensor& stats, int64_t batch, int64_t head)
+      : peak(static_cast<float*>(stats.data_ptr()) +
+             (batch * stats.size(1) + head) * 2 * stats.size(3)),
+        log_total(peak + stats.size(3)) {}
+
+  float *peak, *log_total;
 };
 
 // What is seen: each query sees the keys low..high. Both rise with the query.
@@ -108,7 +119,7 @@ class Forward {
     }
   }
 
-  void attend_queries(const Head<T>& q, int64_t first, const Head<T>& o, float* lse) {
+  void attend_queries(const Head<T>& q, int64_t first, const Head<T>& o, const Stats& stats) {
     const int64_t count = std::min(QUERIES, q.count - first);
     const int64_t end = options_.visible.end(first, count);
     packer_.pack_columns(q, first, count, {q_, QUERIES});
@@ -120,7 +131,7 @@ class Forward {
       seen = true;
     }
     if (!seen) std::fill_n(static_cast<float*>(o_), dim_ * QUERIES, 0.0f);
-    finish(o, first, count, lse);
+    finish(o, first, count, stats);
   }
 
  private:
@@ -160,20 +171,21 @@ class Forward {
     float* pairs = p_ + lane;
     const float scale = scale_;
     const Vec before = load<Vec>(peak_ + lane);
-    const Vec peak = larger(before, largest(scores, rows) * scale);
+    const Vec peak = larger(before, largest(scores, rows));
     // A query that has seen nothing has a peak of -inf; 0 in its place gives p = 0 and not NaN.
     const Vec base = peak == -INFINITY ? Vec{} : peak;
+    // Not score * scale - base: one rounding of that is half a unit of a peak that may be huge.
     Vec sums[Element::WIDTH] = {};
     for (int64_t i = 0; i < rows; i += Element::WIDTH) {
       Vec p[Element::WIDTH];
       for (int64_t j = 0; j < Element::WIDTH; ++j) {
-        p[j] = exp2(load<Vec>(scores + (i + j) * QUERIES) * scale - base);
+        p[j] = exp2((load<Vec>(scores + (i + j) * QUERIES) - base) * scale);
         sums[j] += p[j];
       }
       Element::store_pair(pairs + i / Element::WIDTH * QUERIES, p[0], p[Element::WIDTH - 1]);
     }
     for (int64_t j = 1; j < Element::WIDTH; ++j) sums[0] += sums[j];
-    const Vec decay = exp2(before - base);
+    const Vec decay = exp2((before - base) * scale);
     store(total_ + lane, load<Vec>(total_ + lane) * decay + sums[0]);
     store(peak_ + lane, peak);
     if (!seen || all_equal(before, peak)) return;
@@ -191,13 +203,14 @@ class Forward {
     return larger(larger(best[0], best[1]), larger(best[2], best[3]));
   }
 
-  void finish(const Head<T>& o, int64_t first, int64_t count, float* lse) {
+  void finish(const Head<T>& o, int64_t first, int64_t count, const Stats& stats) {
     transpose({o_, QUERIES}, dim_, round_up(count, LANES), {turned_, dim_});
     for (int64_t i = 0; i < count; ++i) {
       const float total = total_[i] > 0 || total_[i] != total_[i] ? total_[i] : 1.0f;
       const float* from = turned_ + i * dim_;
       fill_row(o[first + i], dim_, [&](int64_t j) { return from[j] / total; });
-      lse[first + i] = (peak_[i] + std::log2(total)) * LN2;
+      stats.peak[first + i] = peak_[i] == -INFINITY ? 0 : peak_[i];
+      stats.log_total[first + i] = std::log2(total);
     }
   }
 
@@ -212,7 +225,7 @@ class Forward {
 template <class T>
 void forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Options& options, const Tensor& o,
-    const Tensor& lse) {
+    const Tensor& stats) {
   const int64_t queries = q.size(1), keys = k.size(1), heads = q.size(2), kv_heads = k.size(2);
   const int64_t pairs = q.size(0) * kv_heads, group = heads / std::max<int64_t>(1, kv_heads);
   const int64_t blocks = (queries + QUERIES - 1) / QUERIES;
@@ -227,11 +240,10 @@ void forward(
       worker->take_keys(
           {k, batch, kv_head}, {v, batch, kv_head}, begin,
           options.visible.end(first, last - first));
-      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        float* head_lse = static_cast<float*>(lse.data_ptr()) + (batch * heads + head) * queries;
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (int64_t query = first; query < last; query += QUERIES)
-          worker->attend_queries({q, batch, head}, query, {o, batch, head}, head_lse);
-      }
+          worker->attend_queries(
+              {q, batch, head}, query, {o, batch, head}, {stats, batch, head});
     };
   });
 }
@@ -242,7 +254,7 @@ void forward(
 struct Saved {
   const Tensor &grad, &q, &k;
   const std::optional<Tensor>&v, &o;
-  const Tensor& lse;
+  const Tensor& stats;
 };
 
 template <class T>
@@ -266,9 +278,11 @@ class Backward {
         k_columns_(want_q ? packer_.padded() * KEYS : 0),
         q_(padded_queries_ * packer_.elements()),
         do_(want_q || want_k ? padded_queries_ * packer_.elements() : 0),
+        o_(want_q || want_k ? packer_.elements() * QUERIES : 0),
         q_rows_(want_k ? padded_queries_ * packer_.padded() : 0),
         do_rows_(want_v ? padded_queries_ * packer_.padded() : 0),
-        lse_(padded_queries_),
+        peak_(padded_queries_),
+        log_total_(padded_queries_),
         delta_(padded_queries_),
         scores_(KEYS * QUERIES),
         dp_(KEYS * QUERIES),
@@ -305,8 +319,7 @@ class Backward {
  private:
   void take_queries(int64_t batch, int64_t head) {
     const Head<T> q(saved_.q, batch, head), grad(saved_.grad, batch, head);
-    const float* lse = static_cast<const float*>(saved_.lse.data_ptr()) +
-        (batch * saved_.q.size(2) + head) * q.count;
+    const Stats stats(saved_.stats, batch, head);
     for (int64_t first = 0; first < q.count; first += QUERIES) {
       const int64_t count = std::min(QUERIES, q.count - first);
       packer_.pack_columns(q, first, count, columns(q_, first));
@@ -314,21 +327,27 @@ class Backward {
       if (want_k_) packer_.pack_interleaved(q, first, count, rows(q_rows_, first));
       if (want_v_) packer_.pack_interleaved(grad, first, count, rows(do_rows_, first));
     }
-    for (int64_t i = 0; i < q.count; ++i) lse_[i] = lse[i] * LOG2E;
-    std::fill(lse_ + q.count, lse_ + padded_queries_, 0.0f);
-    if (want_q_ || want_k_) take_delta(grad, {*saved_.o, batch, head});
+    std::copy_n(stats.peak, q.count, static_cast<float*>(peak_));
+    std::copy_n(stats.log_total, q.count, static_cast<float*>(log_total_));
+    std::fill(peak_ + q.count, peak_ + padded_queries_, 0.0f);
+    std::fill(log_total_ + q.count, log_total_ + padded_queries_, 0.0f);
+    if (want_q_ || want_k_) take_delta({*saved_.o, batch, head});
   }
 
-  // delta = rowsum(do * o)
-  void take_delta(const Head<T>& grad, const Head<T>& o) {
-    std::fill(delta_ + grad.count, delta_ + padded_queries_, 0.0f);
-    for (int64_t i = 0; i < grad.count; ++i) {
-      const T* left = neighbours<T>(grad[i], dim_, grad.column_stride, left_);
-      const T* right = neighbours<T>(o[i], dim_, o.column_stride, right_);
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < dim_; ++j) sum += float(left[j]) * float(right[j]);
-      delta_[i] = sum;
+  // delta = rowsum(do * o), in the order of the products do v^T: of a query whose weight is all on
+  // one key, o is that key's v, and ds is exactly 0.
+  void take_delta(const Head<T>& o) {
+    for (int64_t first = 0; first < padded_queries_; first += QUERIES) {
+      const int64_t lanes = whole_lanes<Element>(std::min(QUERIES, o.count - first));
+      packer_.pack_columns(o, first, std::min(QUERIES, o.count - first), {o_, QUERIES});
+      const Operand grads = columns(do_, first), values{o_, QUERIES};
+      for (int64_t lane = 0; lane < lanes; lane += LANES) {
+        Vec sum{};
+        for (int64_t i = 0; i < packer_.elements(); ++i)
+          sum = Element::multiply_add(
+              sum, load<Vec>(grads.row(i) + lane), load<Vec>(values.row(i) + lane));
+        store(delta_ + first + lane, sum);
+      }
     }
   }
 
@@ -382,13 +401,14 @@ class Backward {
     const bool want_q = want_q_, want_k = want_k_, want_v = want_v_;
     const float *const scores = scores_, *const dps = dp_;
     float *const p_rows = p_, *const ds_rows = ds_, *const ds_pairs = ds_pairs_;
-    const Vec lse = load<Vec>(lse_ + query), delta = load<Vec>(delta_ + query);
+    const Vec peak = load<Vec>(peak_ + query), log_total = load<Vec>(log_total_ + query);
+    const Vec delta = load<Vec>(delta_ + query);
     const float scale = options_.scale * LOG2E;
     for (int64_t i = 0; i < rows; i += W) {
       Vec p[W], ds[W];
       for (int64_t j = 0; j < W; ++j) {
         const int64_t at = (i + j) * QUERIES + lane;
-        p[j] = exp2(load<Vec>(scores + at) * scale - lse);
+        p[j] = exp2((load<Vec>(scores + at) - peak) * scale - log_total);
         ds[j] = p[j] * (load<Vec>(dps + at) - delta);
         if (masked) {
           const IntVec seen = options_.visible.lanes(query, static_cast<int32_t>(key + i + j));
@@ -413,9 +433,8 @@ class Backward {
   bool want_q_, want_k_, want_v_;
   Packer<T> packer_;
   int64_t dim_, padded_queries_;
-  Buffer k_, v_, k_columns_, q_, do_, q_rows_, do_rows_, lse_, delta_, scores_, dp_, p_, ds_,
-      ds_pairs_, dk_, dv_;
-  std::vector<T> left_, right_;
+  Buffer k_, v_, k_columns_, q_, do_, o_, q_rows_, do_rows_, peak_, log_total_, delta_, scores_, dp_, p_,
+      ds_, ds_pairs_, dk_, dv_;
 };
 
 // dq of one block of queries: the sum of the parts, (padded D, QUERIES) each, turned round.
@@ -474,21 +493,21 @@ void backward(
   torch::stable::parallel_for(0, q.size(0) * heads * query_blocks, 1, put);
 }
 
-// q: (B, T, H, D); k, v: (B, S, Hkv, D); o: contiguous like q; lse: (B, H, T) fp32.
+// q: (B, T, H, D); k, v: (B, S, Hkv, D); o: contiguous like q; stats: (B, H, 2, T) fp32.
 void flash_attention_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu_seqlens,
-    bool causal, double scale, std::optional<int64_t> window, const Tensor& o, const Tensor& lse) {
+    bool causal, double scale, std::optional<int64_t> window, const Tensor& o, const Tensor& stats) {
   const Options options{
       static_cast<float>(scale), {q.size(1), k.size(1), cu_seqlens, causal, window}};
   if (q.numel() == 0) return;
-  dispatch(q, [&](auto zero) { forward<decltype(zero)>(q, k, v, options, o, lse); });
+  dispatch(q, [&](auto zero) { forward<decltype(zero)>(q, k, v, options, o, stats); });
 }
 
 // grad: like o; v and o are there where dq or dk is wanted; dq, dk, dv: where they are wanted, each
 // with the numbers of a head as neighbours.
 void flash_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
-    const std::optional<Tensor>& o, const Tensor& lse, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& o, const Tensor& stats, const std::optional<Tensor>& cu_seqlens,
     bool causal, double scale, std::optional<int64_t> window, const std::optional<Tensor>& dq,
     const std::optional<Tensor>& dk, const std::optional<Tensor>& dv) {
   const Options options{
@@ -499,7 +518,7 @@ void flash_attention_backward(
         !out || out->size(3) < 2 || out->stride(3) == 1,
         "gradients with steps of 1 in a head expected, got ", out->stride(3));
   dispatch(q, [&](auto zero) {
-    const Saved saved{grad, q, k, v, o, lse};
+    const Saved saved{grad, q, k, v, o, stats};
     backward<decltype(zero)>(saved, options, dq, dk, dv);
   });
 }
@@ -509,9 +528,9 @@ void flash_attention_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(llamapro_cpp, library) {
   library.def(
       "flash_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal,"
-      " float scale, int? window, Tensor(a!) o, Tensor(b!) lse) -> ()");
+      " float scale, int? window, Tensor(a!) o, Tensor(b!) stats) -> ()");
   library.def(
-      "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor? o, Tensor lse,"
+      "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor? v, Tensor? o, Tensor stats,"
       " Tensor? cu_seqlens, bool causal, float scale, int? window, Tensor(a!)? dq,"
       " Tensor(b!)? dk, Tensor(c!)? dv) -> ()");
 }

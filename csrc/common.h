@@ -57,15 +57,16 @@ struct Half {
   operator float() const { return torch::headeronly::detail::fp16_ieee_to_fp32_value(bits); }
 };
 
-// 2^x for x of -1/2 to 1/2: a minimax polynomial.
+// 2^x for x of -1/2 to 1/2: the minimax polynomial of those that are 1 at 0, so that where one key
+// has all the weight, it has a weight of 1.
 template <class Float>
 inline Float exp2_of_rest(Float x) {
-  Float p = Float{} + 0.00132764722f;
-  p = p * x + 0.00967554133f;
-  p = p * x + 0.0555071327f;
-  p = p * x + 0.240221197f;
-  p = p * x + 0.693146967f;
-  return p * x + 1.00000007f;
+  Float p = Float{} + 0.00132647272f;
+  p = p * x + 0.00967151264f;
+  p = p * x + 0.0555073374f;
+  p = p * x + 0.240222421f;
+  p = p * x + 0.693146978f;
+  return p * x + 1.0f;
 }
 
 // 2^x to two ulp, for a float or a vector of them: 2^round(x) by the exponent's bits, times 2^rest.

@@ -9,9 +9,14 @@ namespace {
 
 constexpr int64_t PIECE = 1024;  // elements whose largest is taken before any is raised to a power
 
-// log sum exp of a row, by an online softmax over pieces that stay in the first cache.
+// Of a row: its largest logit, and the log of the sum of exp(logits less that one).
+struct Stats {
+  float peak, log_total;
+};
+
+// By an online softmax over pieces that stay in the first cache.
 template <class T>
-float log_sum_exp(const T* logits, int64_t count) {
+Stats stats_of(const T* logits, int64_t count) {
   float peak = -INFINITY, total = 0;
   for (int64_t start = 0; start < count; start += PIECE) {
     const int64_t end = std::min(count, start + PIECE);
@@ -25,24 +30,28 @@ float log_sum_exp(const T* logits, int64_t count) {
     total = total * exp(peak - base) + sum;
     peak = higher;
   }
-  return peak + std::log(total);
+  return {peak, std::log(total)};
 }
 
 // Logits become (softmax - onehot) * upstream in place.
 template <class T>
-void to_gradient(T* logits, int64_t count, int64_t target, float lse, float upstream) {
-  const float at_target = exp(float(logits[target]) - lse);
-  fill_row(logits, count, [&](int64_t i) { return exp(float(logits[i]) - lse) * upstream; });
+void to_gradient(T* logits, int64_t count, int64_t target, Stats stats, float upstream) {
+  const auto p = [&](int64_t i) { return exp(float(logits[i]) - stats.peak - stats.log_total); };
+  const float at_target = p(target);
+  fill_row(logits, count, [&](int64_t i) { return p(i) * upstream; });
   logits[target] = (at_target - 1.0f) * upstream;
 }
 
-// logits: (rows, V), neighbours in a row; targets: (rows,) int64; losses, lse: (rows,) fp32 or None
-// when lse is known already. want_gradient: the logits become their gradient, times dloss (fp32).
+// logits: (rows, V), neighbours in a row; targets: (rows,) int64; peaks, log_totals, losses: (rows,)
+// fp32; losses is None when the other two are known already. want_gradient: the logits become their
+// gradient, times dloss (fp32).
 void cross_entropy(
-    const Tensor& logits, const Tensor& targets, int64_t ignore_index, const Tensor& lse,
-    const std::optional<Tensor>& losses, const std::optional<Tensor>& dloss, bool want_gradient) {
+    const Tensor& logits, const Tensor& targets, int64_t ignore_index, const Tensor& peaks,
+    const Tensor& log_totals, const std::optional<Tensor>& losses,
+    const std::optional<Tensor>& dloss, bool want_gradient) {
   const int64_t* wanted = static_cast<const int64_t*>(targets.data_ptr());
-  float* lses = static_cast<float*>(lse.data_ptr());
+  float* peak = static_cast<float*>(peaks.data_ptr());
+  float* log_total = static_cast<float*>(log_totals.data_ptr());
   dispatch(logits, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows(logits);
@@ -52,8 +61,10 @@ void cross_entropy(
         const int64_t target = wanted[row];
         const bool ignored = target == ignore_index;
         if (losses) {
-          lses[row] = log_sum_exp(z, rows.width);
-          const float loss = ignored ? 0.0f : lses[row] - float(z[target]);
+          const Stats stats = stats_of(z, rows.width);
+          peak[row] = stats.peak;
+          log_total[row] = stats.log_total;
+          const float loss = ignored ? 0.0f : stats.peak - float(z[target]) + stats.log_total;
           static_cast<float*>(losses->data_ptr())[row] = loss;
         }
         if (!want_gradient) continue;
@@ -62,7 +73,7 @@ void cross_entropy(
           continue;
         }
         const float upstream = dloss ? static_cast<const float*>(dloss->data_ptr())[row] : 1.0f;
-        to_gradient(z, rows.width, target, lses[row], upstream);
+        to_gradient(z, rows.width, target, {peak[row], log_total[row]}, upstream);
       }
     });
   });
@@ -72,8 +83,8 @@ void cross_entropy(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llamapro_cpp, library) {
   library.def(
-      "cross_entropy(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor(b!) lse,"
-      " Tensor(c!)? losses, Tensor? dloss, bool want_gradient) -> ()");
+      "cross_entropy(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor(b!) peaks,"
+      " Tensor(c!) log_totals, Tensor(d!)? losses, Tensor? dloss, bool want_gradient) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llamapro_cpp, CPU, library) {

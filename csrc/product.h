@@ -80,6 +80,7 @@ struct Single {
   static constexpr int64_t DEPTH = 1;  // numbers that are summed at once
 
   static Vec multiply_add(Vec sum, float a, Vec b) { return sum + a * b; }
+  static Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
   // A row of numbers; then a row of elements whose numbers come from two rows.
   static void store_row(float* to, int64_t at, Vec value) { store(to + at, value); }
   static void store_pair(float* to, Vec first, Vec) { store(to, first); }
@@ -99,8 +100,10 @@ struct Pair {
   static constexpr int64_t WIDTH = 2, DEPTH = 2;
 
   static Vec multiply_add(Vec sum, float a, Vec b) {
-    const __m512i both = _mm512_set1_epi32(bit_cast<int32_t>(a));
-    return _mm512_dpbf16_ps(sum, (__m512bh)both, (__m512bh)b);
+    return multiply_add(sum, (Vec)_mm512_set1_epi32(bit_cast<int32_t>(a)), b);
+  }
+  static Vec multiply_add(Vec sum, Vec a, Vec b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
   static void store_row(float* to, int64_t at, Vec value) {
     round_vector((__m512)value, reinterpret_cast<BFloat16*>(to) + at);

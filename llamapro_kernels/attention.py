@@ -1,12 +1,17 @@
-"""Attention that keeps the log-sum-exp of a row and never the scores.
+"""Attention that keeps two numbers a row and never the scores.
 
-    s = scale * q k^T (masked),  lse = log sum exp s,  p = exp(s - lse),  o = p v
+    s = q k^T (masked),  peak = max s,  total = sum 2^((s - peak) c)  with c = scale * log2(e)
+    p = 2^((s - peak) c - log2 total),  o = p v
     dv = p^T do,  ds = p * (do v^T - rowsum(do * o)),  dq = scale * ds k,  dk = scale * ds^T q
 
+The largest exponent is exactly 0, forward and backward, however large the scores: one number a row,
+the log-sum-exp, would be rounded by half a unit of the peak, and p with it.
+
 q is (B, T, H, D), k and v (B, S, Hkv, D), H a multiple of Hkv (query head h reads key head
-h // (H / Hkv)); o is (B, T, H, D) in q's dtype, lse (B, H, T) in fp32 (fp64 for fp64), as are the
-sums. When S != T the last query sees the last key. A row that sees nothing gives zeros.
-Saved for backward: q, k and lse, and v and o where dq or dk is wanted; nothing when nothing wants
+h // (H / Hkv)); o is (B, T, H, D) in q's dtype, stats (B, H, 2, T), peak and log2 total, in fp32
+(fp64 for fp64), as are the sums. When S != T the last query sees the last key. A row that sees
+nothing, or scores of -inf alone, gives zeros.
+Saved for backward: q, k and stats, and v and o where dq or dk is wanted; nothing when nothing wants
 a gradient. `llamapro::flash_attention_backward_packed` gives dq, dk and dv side by side,
 (B, T, H + 2 Hkv, D), as the gradient of the projection that they come from. Bytes moved at least:
 q, k, v, o once each; 4 B H T S D FLOPs forward (half when causal), 2.5 times that backward.
@@ -22,35 +27,37 @@ from functools import partial
 import torch
 
 from llamapro_kernels import attention_triton, library
+from llamapro_kernels.attention_triton import LOG2E
 
 
 def flash_attention_reference(q, k, v, cu_seqlens, causal, scale, window):
-    """Ground truth: o and lse by explicit scores."""
+    """Ground truth: o and stats by explicit scores."""
     qg, kg, vg = _query_groups(q, k), _heads_first(k), _heads_first(v)
-    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, scale, window)
-    peak = scores.amax(-1, keepdim=True) if k.shape[1] else scores.new_zeros(1)
-    peak = peak.clamp(min=torch.finfo(scores.dtype).min)  # a row that sees nothing has -inf
-    p = scores.sub_(peak).exp_()
+    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, window)
+    peak = scores.amax(-1, keepdim=True) if k.shape[1] else scores.sum(-1, keepdim=True)
+    peak = peak.masked_fill(peak == float("-inf"), 0)  # so that p is 0 and not NaN
+    p = scores.sub_(peak).mul_(scale * LOG2E).exp2_()
     total = p.sum(-1, keepdim=True)
-    o = (p @ vg) / total.where(total > 0, 1)
-    return _ungrouped(o, q), (peak + total.log()).reshape(q.shape[0], q.shape[2], q.shape[1])
+    total = total.masked_fill(total == 0, 1)
+    stats = [x.reshape(q.shape[0], q.shape[2], q.shape[1]) for x in (peak, total.log2())]
+    return _ungrouped((p @ vg) / total, q), torch.stack(stats, 2)
 
 
 def flash_attention_backward_reference(
-    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v
+    do, q, k, v, o, stats, cu_seqlens, causal, scale, window, want_q, want_k, want_v
 ):
     """v and o are None when only dv is wanted."""
     qg, dog = _query_groups(q, k), _query_groups(do, k)
     kg = _heads_first(k)
-    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, scale, window)
-    lse = lse.reshape(*scores.shape[:-1], 1)
-    p = scores.sub_(lse.masked_fill(lse == float("-inf"), 0)).exp_()
+    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, window)
+    peak, log_total = (x.reshape(*scores.shape[:-1], 1) for x in stats.unbind(2))
+    p = scores.sub_(peak).mul_(scale * LOG2E).sub_(log_total).exp2_()
     dq, dk, dv = q.new_empty(0), k.new_empty(0), k.new_empty(0)
     if want_v:
         dv = (p.mT @ dog).transpose(1, 2).to(k.dtype)
     if want_q or want_k:
-        delta = (dog * _query_groups(o, k)).sum(-1, keepdim=True)
-        ds = p.mul_((dog @ _heads_first(v).mT).sub_(delta)).mul_(scale)
+        dp = dog @ _heads_first(v).mT
+        ds = p * dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(scale)
         if want_q:
             dq = _ungrouped(ds @ kg, q)
         if want_k:
@@ -79,8 +86,8 @@ def _ungrouped(x, like):
     return x.reshape(batch, heads, length, dim).transpose(1, 2).to(like.dtype)
 
 
-def _scores(q, k, length, cu_seqlens, causal, scale, window):
-    scores = (q * scale) @ k.mT
+def _scores(q, k, length, cu_seqlens, causal, window):
+    scores = q @ k.mT
     mask = _mask(length, k.shape[2], cu_seqlens, causal, window, q.device)
     if mask is not None:
         by_query = scores.unflatten(2, (scores.shape[2] // max(1, length), length))
@@ -105,33 +112,35 @@ def _mask(queries, keys, cu_seqlens, causal, window, device):
 
 def _fake(q, k, v, cu_seqlens, causal, scale, window):
     batch, length, heads, _ = q.shape
-    lse = q.new_empty((batch, heads, length), dtype=library.compute_dtype(q.dtype))
-    return q.new_empty(q.shape), lse
+    stats = q.new_empty((batch, heads, 2, length), dtype=library.compute_dtype(q.dtype))
+    return q.new_empty(q.shape), stats
 
 
-def _fake_backward(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v):
+def _fake_backward(
+    do, q, k, v, o, stats, cu_seqlens, causal, scale, window, want_q, want_k, want_v
+):
     return tuple(library.empty_if(w, t) for w, t in ((want_q, q), (want_k, k), (want_v, k)))
 
 
-def _fake_backward_packed(do, q, k, v, o, lse, cu_seqlens, causal, scale, window):
+def _fake_backward_packed(do, q, k, v, o, stats, cu_seqlens, causal, scale, window):
     return q.new_empty((*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]))
 
 
 def _attend_cpp(q, k, v, cu_seqlens, causal, scale, window):
-    o, lse = _fake(q, k, v, cu_seqlens, causal, scale, window)
+    o, stats = _fake(q, k, v, cu_seqlens, causal, scale, window)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    library.cpp.flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, o, lse)
-    return o, lse
+    library.cpp.flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, o, stats)
+    return o, stats
 
 
-def _differentiate_cpp(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, dq, dk, dv):
+def _differentiate_cpp(do, q, k, v, o, stats, cu_seqlens, causal, scale, window, dq, dk, dv):
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     library.cpp.flash_attention_backward(
-        do, q, k, v, o, lse, cu_seqlens, causal, scale, window, dq, dk, dv
+        do, q, k, v, o, stats, cu_seqlens, causal, scale, window, dq, dk, dv
     )
 
 
-# What the backends have in common: attend(...) gives o and lse; differentiate(..., dq, dk, dv)
+# What the backends have in common: attend(...) gives o and stats; differentiate(..., dq, dk, dv)
 # writes the gradients that are not None, of any strides but, in C++, with the numbers of a head as
 # neighbours.
 
@@ -145,9 +154,10 @@ def flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, *, atten
 
 
 def flash_attention_backward(
-    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, want_q, want_k, want_v, *, differentiate
-):
-    saved = do, q, k, v, o, lse, cu_seqlens, causal, scale, window
+    do, q, k, v, o, stats, cu_seqlens, causal, scale, window,
+    want_q, want_k, want_v, *, differentiate,
+):  # fmt: skip
+    saved = do, q, k, v, o, stats, cu_seqlens, causal, scale, window
     wanted = want_q, want_k, want_v
     grads = _fake_backward(*saved, *wanted)
     differentiate(*saved, *(g if w else None for g, w in zip(grads, wanted, strict=True)))
@@ -155,9 +165,9 @@ def flash_attention_backward(
 
 
 def flash_attention_backward_packed(
-    do, q, k, v, o, lse, cu_seqlens, causal, scale, window, *, differentiate
+    do, q, k, v, o, stats, cu_seqlens, causal, scale, window, *, differentiate
 ):
-    saved = do, q, k, v, o, lse, cu_seqlens, causal, scale, window
+    saved = do, q, k, v, o, stats, cu_seqlens, causal, scale, window
     dqkv = _fake_backward_packed(*saved)
     differentiate(*saved, *dqkv.split((q.shape[2], k.shape[2], k.shape[2]), 2))
     return dqkv
@@ -180,7 +190,7 @@ def _flops(q, k, v, cu_seqlens, causal, scale, window, *, out_shape=None):
 
 
 def _flops_backward(
-    do, q, k, v, o, lse, cu_seqlens, causal, scale, window,
+    do, q, k, v, o, stats, cu_seqlens, causal, scale, window,
     want_q=True, want_k=True, want_v=True, *, out_shape=None,
 ):  # fmt: skip
     products = 1 + (want_q or want_k) + want_q + want_k + want_v
@@ -190,11 +200,11 @@ def _flops_backward(
 flash_attention_op = library.define(
     "flash_attention",
     forward="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale,"
-    " int? window) -> (Tensor o, Tensor lse)",
-    backward="(Tensor do, Tensor q, Tensor k, Tensor? v, Tensor? o, Tensor lse,"
+    " int? window) -> (Tensor o, Tensor stats)",
+    backward="(Tensor do, Tensor q, Tensor k, Tensor? v, Tensor? o, Tensor stats,"
     " Tensor? cu_seqlens, bool causal, float scale, int? window,"
     " bool want_q, bool want_k, bool want_v) -> (Tensor dq, Tensor dk, Tensor dv)",
-    backward_packed="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
+    backward_packed="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats,"
     " Tensor? cu_seqlens, bool causal, float scale, int? window) -> Tensor dqkv",
     fakes={
         "forward": _fake,
@@ -227,13 +237,13 @@ for _backend, _attend, _differentiate in (
 
 def _setup_context(ctx, inputs, output):
     q, k, v, cu_seqlens, *ctx.settings = inputs
-    o, lse = output
+    o, stats = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(stats)
     if any(ctx.needs_input_grad):
         only_v = not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         v, o = (None, None) if only_v else (v, o)
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+        ctx.save_for_backward(q, k, v, o, stats, cu_seqlens)
 
 
 def _backward(ctx, do, _):

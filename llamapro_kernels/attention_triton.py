@@ -14,6 +14,7 @@ import torch
 from llamapro_kernels import library
 from llamapro_kernels.library import TensorDescriptor, tl, triton
 
+INTERPRETED = tl.constexpr(library.INTERPRETED) if tl else None
 LOG2E = 1.4426950408889634  # the softmax is taken in base 2, for which GPUs have an instruction
 L2_BYTES = 2**24  # for what the programs of the heads that run together all read
 PROGRAMS_PER_PROCESSOR = 4  # at least so many run before the next heads start
@@ -64,7 +65,7 @@ HELD_IN_REGISTERS = {("sm_90", "dq", 128), ("sm_90", "dkv", 256)}
 
 @library.jit
 def attention_forward_kernel(
-    q, k, v, o, lse, starts, ends, q_strides, k_strides, v_strides, o_strides,
+    q, k, v, o, stats, starts, ends, q_strides, k_strides, v_strides, o_strides,
     queries, keys, heads, group, together, scale, window,
     CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -102,8 +103,9 @@ def attention_forward_kernel(
     )
     divisor = tl.where(total > 0, total, 1)
     _store_tile((o, o_strides, batch, head, queries), first, acc / divisor[:, None], HEAD_DIM)
-    lse = _row_of_head(lse, batch, head, heads, queries)
-    tl.store(lse + row, (peak + tl.log2(divisor)) * 0.6931471805599453, mask=row < queries)
+    stats = _stats_of_head(stats, batch, head, heads, queries)
+    tl.store(stats + row, tl.where(peak == float("-inf"), 0, peak), mask=row < queries)
+    tl.store(stats + queries + row, tl.log2(divisor), mask=row < queries)
 
 
 @library.jit
@@ -121,11 +123,12 @@ def _attend(
         if MASKED:
             key = start + tl.arange(0, BLOCK)[None, :]
             scores = tl.where((key >= low[:, None]) & (key < high[:, None]), scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+        higher = tl.maximum(peak, tl.max(scores, 1))
         # A row that has seen nothing has a peak of -inf; 0 in its place gives p = 0 and not NaN.
-        base = tl.where(higher == float("-inf"), 0, higher) if MASKED else higher
-        p = tl.exp2(scores * scale - base[:, None])
-        fade = tl.exp2(peak - base)
+        base = tl.where(higher == float("-inf"), 0, higher)
+        # Not scores * scale - base: one rounding of that is half a unit of a peak that may be huge.
+        p = tl.exp2((scores - base[:, None]) * scale)
+        fade = tl.exp2((peak - base) * scale)
         total = total * fade + tl.sum(p, 1)
         v = _tile(v_from, start, HEAD_DIM, DIM, BLOCK, TMA)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
@@ -138,18 +141,24 @@ def attention_delta_kernel(
     do, o, delta, do_strides, o_strides, queries, heads,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(do * o), for BLOCK_Q queries of one head."""
+    """delta = rowsum(do * o), for BLOCK_Q queries of one head.
+
+    As the diagonal of a product, which rounds as the product do v^T does: of a query whose weight
+    is all on one key, o is that key's v, and ds is exactly 0.
+    """
     first, head, batch = _own_tile(queries, heads, 1, False, BLOCK_Q)
     row = first + tl.arange(0, BLOCK_Q)
     do = _tile((do, do_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, False)
     o = _tile((o, o_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, False)
+    products = tl.dot(do, o.T, input_precision="ieee")
+    diagonal = tl.arange(0, BLOCK_Q)[:, None] == tl.arange(0, BLOCK_Q)[None, :]
     delta = _row_of_head(delta, batch, head, heads, queries)
-    tl.store(delta + row, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=row < queries)
+    tl.store(delta + row, tl.sum(tl.where(diagonal, products, 0), 1), mask=row < queries)
 
 
 @library.jit
 def attention_dq_kernel(
-    do, q, k, v, lse, delta, dq, starts, ends,
+    do, q, k, v, stats, delta, dq, starts, ends,
     do_strides, q_strides, k_strides, v_strides, dq_strides,
     queries, keys, heads, group, together, scale, window,
     CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
@@ -167,10 +176,13 @@ def attention_dq_kernel(
     q_tile = _tile((q, q_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, TMA)
     if HELD:
         q_tile = _in_registers(q_tile, row, queries)
+    stats_row = _stats_of_head(stats, batch, head, heads, queries)
+    peak, log_total = _saved_stats(stats_row, row, queries)
     own = (
         q_tile,
         _tile((do, do_strides, batch, head, queries), first, HEAD_DIM, DIM, BLOCK_Q, TMA),
-        _saved_lse(_row_of_head(lse, batch, head, heads, queries), row, queries),
+        peak,
+        log_total,
         _saved_delta(_row_of_head(delta, batch, head, heads, queries), row, queries),
         low,
         high,
@@ -194,7 +206,7 @@ def _add_dq(
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    q, do, lse, delta, low, high = own
+    q, do, peak, log_total, delta, low, high = own
     for start in range(begin, end, BLOCK):
         k = _tile(k_from, start, HEAD_DIM, DIM, BLOCK, TMA)
         v = _tile(v_from, start, HEAD_DIM, DIM, BLOCK, TMA)
@@ -202,7 +214,7 @@ def _add_dq(
         if MASKED:
             key = start + tl.arange(0, BLOCK)[None, :]
             scores = tl.where((key >= low[:, None]) & (key < high[:, None]), scores, float("-inf"))
-        p = tl.exp2(scores * scale - lse[:, None])
+        p = tl.exp2((scores - peak[:, None]) * scale - log_total[:, None])
         ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
     return acc
@@ -210,7 +222,7 @@ def _add_dq(
 
 @library.jit
 def attention_dkv_kernel(
-    do, q, k, v, lse, delta, dk, dv, starts, ends,
+    do, q, k, v, stats, delta, dk, dv, starts, ends,
     do_strides, q_strides, k_strides, v_strides, dk_strides,
     queries, keys, heads, group, together, scale, window,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr,
@@ -241,11 +253,11 @@ def attention_dkv_kernel(
     for query_head in range(head * group, head * group + group):
         q_from = (q, q_strides, batch, query_head, queries)
         do_from = (do, do_strides, batch, query_head, queries)
-        lse_row = _row_of_head(lse, batch, query_head, heads, queries)
-        delta_row = lse_row
+        stats_row = _stats_of_head(stats, batch, query_head, heads, queries)
+        delta_row = stats_row
         if WANT_K:
             delta_row = _row_of_head(delta, batch, query_head, heads, queries)
-        rows_from = (q_from, do_from, lse_row, delta_row)
+        rows_from = (q_from, do_from, stats_row, delta_row)
         acc = _add_dkv(
             acc, own, rows_from, scale, begin, whole,
             True, WANT_K, WANT_V, HEAD_DIM, DIM, BLOCK_Q, TMA,
@@ -270,24 +282,34 @@ def _add_dkv(
     """Keys by queries, the transpose of the above, so that p and ds are left factors."""
     dk, dv = acc
     k, v, low, high = own
-    q_from, do_from, lse_row, delta_row = rows_from
+    q_from, do_from, stats_row, delta_row = rows_from
     queries = q_from[4]
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
         q = _tile(q_from, start, HEAD_DIM, DIM, BLOCK, TMA)
         do = _tile(do_from, start, HEAD_DIM, DIM, BLOCK, TMA)
-        scores = tl.dot(k, q.T, input_precision="ieee")
+        scores = _transposed_product(k, q)
         if MASKED:
             seen = (row[None, :] >= low[:, None]) & (row[None, :] < high[:, None])
             scores = tl.where(seen, scores, float("-inf"))
-        p = tl.exp2(scores * scale - _saved_lse(lse_row, row, queries)[None, :])
+        peak, log_total = _saved_stats(stats_row, row, queries)
+        p = tl.exp2((scores - peak[None, :]) * scale - log_total[None, :])
         if WANT_V:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         if WANT_K:
             delta = _saved_delta(delta_row, row, queries)
-            ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+            ds = p * (_transposed_product(v, do) - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
+
+
+@library.jit
+def _transposed_product(a, b):
+    """a b^T, with the bits of b a^T, which NumPy, in the interpreter, does not give by itself."""
+    if INTERPRETED:
+        return tl.dot(b, a.T, input_precision="ieee").T
+    else:
+        return tl.dot(a, b.T, input_precision="ieee")
 
 
 @library.jit
@@ -392,15 +414,20 @@ def _tile_pointers(source, start, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLO
 
 @library.jit
 def _row_of_head(x, batch, head, heads, queries):
-    """Where this head's row of lse or delta (B, H, T) begins."""
+    """Where this head's row of delta (B, H, T) begins."""
     return x + (batch.to(tl.int64) * heads + head) * queries
 
 
 @library.jit
-def _saved_lse(lse, row, queries):
-    """In base 2. A row that sees nothing has -inf; its scores are masked, so 0 serves as well."""
-    value = tl.load(lse + row, mask=row < queries, other=0)
-    return tl.where(value == float("-inf"), 0, value * 1.4426950408889634)
+def _stats_of_head(stats, batch, head, heads, queries):
+    """Where this head's peaks in stats (B, H, 2, T) begin; log2 of the totals comes after them."""
+    return stats + (batch.to(tl.int64) * heads + head) * 2 * queries
+
+
+@library.jit
+def _saved_stats(stats, row, queries):
+    peak = tl.load(stats + row, mask=row < queries, other=0)
+    return peak, tl.load(stats + queries + row, mask=row < queries, other=0)
 
 
 @library.jit
@@ -410,14 +437,14 @@ def _saved_delta(delta, row, queries):
 
 def attend(q, k, v, cu_seqlens, causal, scale, window):
     o = q.new_empty(q.shape)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    stats = q.new_empty((q.shape[0], q.shape[2], 2, q.shape[1]), dtype=torch.float32)
     tile, tma = _tile_rule("forward", q, k, v)
     library.launch(
         attention_forward_kernel,
         _grid(q, tile["BLOCK_Q"]),
         _operand(q, tile["BLOCK_Q"], tma),
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
-        *(o, lse, *_document_bounds(cu_seqlens, q.shape[1])),
+        *(o, stats, *_document_bounds(cu_seqlens, q.shape[1])),
         *(q.stride(), k.stride(), v.stride(), o.stride()),
         *_sizes(q, k, _heads_together(q, k, tile["BLOCK_Q"]), scale, window),
         CAUSAL=causal,
@@ -425,13 +452,13 @@ def attend(q, k, v, cu_seqlens, causal, scale, window):
         HEAD_DIM=q.shape[3],
         **tile,
     )
-    return o, lse
+    return o, stats
 
 
-def differentiate(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, dq, dk, dv):
+def differentiate(do, q, k, v, o, stats, cu_seqlens, causal, scale, window, dq, dk, dv):
     """Into dq, dk and dv, each of any strides and None where it is not wanted."""
     delta = None if dq is None and dk is None else _delta(do, o)
-    saved, options = (do, q, k, v, lse, delta), (causal, scale, window)
+    saved, options = (do, q, k, v, stats, delta), (causal, scale, window)
     bounds = _document_bounds(cu_seqlens, q.shape[1])
     if dq is not None:
         _launch_dq(*saved, dq, bounds, *options)
@@ -444,7 +471,8 @@ def differentiate(do, q, k, v, o, lse, cu_seqlens, causal, scale, window, dq, dk
 
 def _delta(do, o):
     delta = o.new_empty((o.shape[0], o.shape[2], o.shape[1]), dtype=torch.float32)
-    rows = 4096 // max(64, _padded(o))
+    interpreted = library.architecture(o.device) == "interpreter"
+    rows = 16 if interpreted else 4096 // max(64, _padded(o))
     library.launch(
         attention_delta_kernel,
         _grid(o, rows),
@@ -457,14 +485,14 @@ def _delta(do, o):
     return delta
 
 
-def _launch_dq(do, q, k, v, lse, delta, dq, bounds, causal, scale, window):
+def _launch_dq(do, q, k, v, stats, delta, dq, bounds, causal, scale, window):
     tile, tma = _tile_rule("dq", q, k, v, do)
     library.launch(
         attention_dq_kernel,
         _grid(q, tile["BLOCK_Q"]),
         *(_operand(x, tile["BLOCK_Q"], tma) for x in (do, q)),
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
-        *(lse, delta, dq, *bounds),
+        *(stats, delta, dq, *bounds),
         *(x.stride() for x in (do, q, k, v, dq)),
         *_sizes(q, k, _heads_together(q, k, tile["BLOCK_Q"]), scale, window),
         CAUSAL=causal,
@@ -474,7 +502,7 @@ def _launch_dq(do, q, k, v, lse, delta, dq, bounds, causal, scale, window):
     )
 
 
-def _launch_dkv(do, q, k, v, lse, delta, dk, dv, bounds, causal, scale, window):
+def _launch_dkv(do, q, k, v, stats, delta, dk, dv, bounds, causal, scale, window):
     """dk or dv is None when it is not wanted; for dv alone so are v and delta."""
     v = k if v is None else v
     tile, tma = _tile_rule("dkv", q, k, v, do)
@@ -483,7 +511,7 @@ def _launch_dkv(do, q, k, v, lse, delta, dk, dv, bounds, causal, scale, window):
         _grid(k, tile["BLOCK_K"]),
         *(_operand(x, tile["BLOCK_Q"], tma) for x in (do, q)),
         *(_operand(x, tile["BLOCK_K"], tma) for x in (k, v)),
-        *(lse, delta, dk, dv, *bounds),
+        *(stats, delta, dk, dv, *bounds),
         *(x.stride() for x in (do, q, k, v, dv if dk is None else dk)),
         *_sizes(q, k, _heads_together(k, q, tile["BLOCK_K"]), scale, window),
         WANT_K=dk is not None,

@@ -8,7 +8,7 @@ do their gradients. Its backward goes down from y and stops below the last
 tensor that wants a gradient; a frozen block computes input gradients alone. What is kept for
 backward, in numbers a token (H query heads, Hkv key heads, head dimension D, MLP width I):
 
-    save="all"      2 N + (2 H + 2 Hkv) D + 2 I    x, h, q, k, v, o, gate_up, and fp32 lse and rstds
+    save="all"      2 N + (2 H + 2 Hkv) D + 2 I    x, h, q, k, v, o, gate_up, and fp32 statistics
     save="light"    2 N + (2 H + 2 Hkv) D          gate_up is computed again: 4 N I FLOPs
     save="input"    N                              everything but the last product, again
 
@@ -73,7 +73,7 @@ class Kept(NamedTuple):
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
     o: torch.Tensor | None = None
-    lse: torch.Tensor | None = None
+    stats: torch.Tensor | None = None
     h: torch.Tensor | None = None
     h_rstd: torch.Tensor | None = None
     gate_up: torch.Tensor | None = None
@@ -99,7 +99,7 @@ class Wanted:
         reads = {
             "x": self.normed_x or w.qkv,
             "x_rstd": self.normed_x,
-            **dict.fromkeys(("q", "k", "v", "lse"), self.qkv),
+            **dict.fromkeys(("q", "k", "v", "stats"), self.qkv),
             "o": self.qkv or w.o_proj,
             "h": self.normed_h or w.gate_up or save == "light",
             "h_rstd": self.normed_h,
@@ -123,8 +123,8 @@ def _attention_half(x, w, settings, cache=None):
     if cache is not None:
         k, v = cache(k, v)
         check_operands(q, k, v)
-    o, lse = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
-    return Kept(x, rstd, q, k, v, o, lse)
+    o, stats = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
+    return Kept(x, rstd, q, k, v, o, stats)
 
 
 def _mlp_half(kept, w, settings):
@@ -190,7 +190,7 @@ def _attention_backward(dh, kept, w, settings, wanted, grads):
 
 def _qkv_backward(do, kept, settings):
     dqkv = ops.flash_attention_backward_packed(
-        *(do, kept.q, kept.k, kept.v, kept.o, kept.lse, settings.cu_seqlens),
+        *(do, kept.q, kept.k, kept.v, kept.o, kept.stats, settings.cu_seqlens),
         *(True, kept.q.shape[-1] ** -0.5, settings.window),
     )
     rotated = kept.q.shape[2] + kept.k.shape[2]

@@ -1,14 +1,16 @@
 """Cross-entropy of a linear head, in chunks of tokens: no (tokens, V) tensor ever exists.
 
-    z = x w^T,  lse = log sum exp z,  loss_i = lse_i - z_i[target_i]
+    z = x w^T,  peak = max z,  total = sum exp(z - peak)
+    loss_i = peak_i - z_i[target_i] + log total_i,  softmax(z) = exp(z - peak - log total)
     dz = (softmax(z) - onehot(target)) * upstream,  dx = dz w,  dw = dz^T x
 
 x is (N, D), weight (V, D), targets (N,) integer; sums in fp32 (fp64 for fp64), losses too.
 Because softmax(z) is at hand while the loss is computed, the forward also computes the gradients
 that will be wanted, of the plain sum; backward only scales them, in fp32, so that neither a large
 loss scale nor 1/N is rounded to the model's dtype. The one case where that is impossible, the
-weight's gradient under reduction "none", reads lse in backward and computes z again. A frozen head
-has no (V, D) buffer, a frozen x no (N, D) buffer.
+weight's gradient under reduction "none", reads stats, (2, N), peak and log total, in backward and
+computes z again. (Their sum, the log-sum-exp, would be rounded by half a unit of a large peak.) A
+frozen head has no (V, D) buffer, a frozen x no (N, D) buffer.
 
 Source: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; the fused
 forward is Liger-Kernel's idea (Hsu et al. 2024).
@@ -35,11 +37,11 @@ REDUCTIONS = ("none", "mean", "sum")
 def linear_cross_entropy_reference(
     x, weight, targets, ignore_index, per_token, want_x, want_weight
 ):
-    """Ground truth: losses or their sum, lse, and dx and (fp32) dweight of the sum."""
+    """Ground truth: losses or their sum, stats, and dx and (fp32) dweight of the sum."""
     dtype = library.compute_dtype(x.dtype)
     valid = targets != ignore_index
     _check_targets(targets, ignore_index, weight.shape[0])
-    losses, lse = x.new_empty(len(x), dtype=dtype), x.new_empty(len(x), dtype=dtype)
+    losses, stats = x.new_empty(len(x), dtype=dtype), x.new_empty((2, len(x)), dtype=dtype)
     dx = x.new_empty(x.shape if want_x else 0)
     dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
     for rows in pieces(len(x), _chunk_tokens(len(weight), x.device.type)):
@@ -48,27 +50,27 @@ def linear_cross_entropy_reference(
         score, peak = logits.gather(1, target)[:, 0], logits.amax(-1, keepdim=True)
         p = logits.sub_(peak).exp_()
         total = p.sum(-1, keepdim=True)
-        lse[rows] = (peak + total.log())[:, 0]
-        losses[rows] = (lse[rows] - score).where(valid[rows], 0.0)
+        stats[:, rows] = torch.cat((peak, total.log()), 1).T
+        losses[rows] = (stats[0, rows] - score + stats[1, rows]).where(valid[rows], 0.0)
         if want_x or want_weight:
             dlogits = _dlogits(p.div_(total), target, valid[rows], 1.0).to(x.dtype)
             if want_x:
                 dx[rows] = dlogits @ weight
             if want_weight:
                 dweight += dlogits.T @ x[rows]
-    return losses if per_token else losses.sum(), lse, dx, dweight
+    return losses if per_token else losses.sum(), stats, dx, dweight
 
 
-def linear_cross_entropy_backward_reference(dloss, x, weight, targets, lse, ignore_index):
+def linear_cross_entropy_backward_reference(dloss, x, weight, targets, stats, ignore_index):
     """dweight when each token has an upstream gradient of its own: dloss is (N,)."""
     _check_targets(targets, ignore_index, weight.shape[0])  # again: NumPy may have written to them
-    dweight = weight.new_zeros(weight.shape, dtype=lse.dtype)
+    dweight = weight.new_zeros(weight.shape, dtype=stats.dtype)
     for rows in pieces(len(x), _chunk_tokens(len(weight), x.device.type)):
-        logits = torch.nn.functional.linear(x[rows], weight).to(lse.dtype)
+        logits = torch.nn.functional.linear(x[rows], weight).to(stats.dtype)
         valid = targets[rows] != ignore_index
         target = targets[rows].where(valid, 0)[:, None]
-        upstream = dloss[rows, None].to(lse.dtype)
-        p = logits.sub_(lse[rows, None]).exp_()
+        upstream = dloss[rows, None].to(stats.dtype)
+        p = logits.sub_(stats[0, rows, None]).sub_(stats[1, rows, None]).exp_()
         dlogits = _dlogits(p, target, valid, upstream).to(x.dtype)
         dweight += dlogits.T @ x[rows]
     return dweight.to(weight.dtype)
@@ -93,9 +95,10 @@ def _check_targets(targets, ignore_index, vocabulary):
 
 @library.jit
 def cross_entropy_kernel(
-    logits, targets, losses, lse, logits_row, vocabulary, ignore_index, BLOCK: tl.constexpr
-):
-    """Loss and log-sum-exp of one row of logits, by an online softmax."""
+    logits, targets, losses, peaks, log_totals, logits_row, vocabulary, ignore_index,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss and stats of one row of logits, by an online softmax."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_row
     peak, total = float("-inf"), 0.0
@@ -106,17 +109,18 @@ def cross_entropy_kernel(
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
         total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base), 0)
         peak = higher
-    value = peak + tl.log(total)
+    log_total = tl.log(total)
     target = tl.load(targets + row)
     known = (target >= 0) & (target < vocabulary)
     score = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(losses + row, tl.where(target == ignore_index, 0.0, value - score))
-    tl.store(lse + row, value)
+    tl.store(losses + row, tl.where(target == ignore_index, 0.0, peak - score + log_total))
+    tl.store(peaks + row, peak)
+    tl.store(log_totals + row, log_total)
 
 
 @library.jit
 def dlogits_kernel(
-    logits, targets, lse, dloss, logits_row, dloss_stride, vocabulary, ignore_index,
+    logits, targets, peaks, log_totals, dloss, logits_row, dloss_stride, vocabulary, ignore_index,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits become (softmax - onehot) in place, times dloss where there is one."""
@@ -126,35 +130,36 @@ def dlogits_kernel(
     logits += row * logits_row + column
     z = tl.load(logits, mask=column < vocabulary, other=0).to(tl.float32)
     target = tl.load(targets + row)
-    dz = tl.exp(z - tl.load(lse + row)) - tl.where(column == target, 1.0, 0.0)
+    p = tl.exp(z - tl.load(peaks + row) - tl.load(log_totals + row))
+    dz = p - tl.where(column == target, 1.0, 0.0)
     if dloss is not None:
         dz *= tl.load(dloss + row * dloss_stride).to(tl.float32)
     tl.store(logits, tl.where(target == ignore_index, 0.0, dz), mask=column < vocabulary)
 
 
 def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *, softmax):
-    """softmax(logits, targets, ignore_index, losses, lse, want) turns logits to their gradient."""
+    """softmax(logits, targets, ignore_index, losses, stats, want) makes logits their gradient."""
     _check_targets(targets, ignore_index, weight.shape[0])
-    losses, lse, dx, dweight = _fake(x, weight, targets, ignore_index, True, want_x, want_weight)
+    losses, stats, dx, dweight = _fake(x, weight, targets, ignore_index, True, want_x, want_weight)
     dweight.zero_()
     targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):
         want = want_x or want_weight
-        softmax(logits, targets[rows], ignore_index, losses[rows], lse[rows], want)
+        softmax(logits, targets[rows], ignore_index, losses[rows], stats[:, rows], want)
         if want_x:
             matmul(logits, weight, out=dx[rows])
         if want_weight:
             add_matmul(dweight, logits.T, x[rows])
-    return losses if per_token else losses.sum(), lse, dx, dweight
+    return losses if per_token else losses.sum(), stats, dx, dweight
 
 
-def _backward_weight(dloss, x, weight, targets, lse, ignore_index, *, gradient):
-    """gradient(logits, targets, ignore_index, lse, dloss) turns logits to their gradient."""
+def _backward_weight(dloss, x, weight, targets, stats, ignore_index, *, gradient):
+    """gradient(logits, targets, ignore_index, stats, dloss) makes logits their gradient."""
     _check_targets(targets, ignore_index, weight.shape[0])
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
     targets = targets.contiguous()
     for rows, logits in _logits_by_chunk(x, weight):
-        gradient(logits, targets[rows], ignore_index, lse[rows], dloss[rows])
+        gradient(logits, targets[rows], ignore_index, stats[:, rows], dloss[rows])
         add_matmul(dweight, logits.T, x[rows])
     return dweight.to(weight.dtype)
 
@@ -181,49 +186,49 @@ def _logits_by_chunk(x, weight):
         yield rows, matmul(x[rows], weight.T, out=logits)
 
 
-def _softmax_triton(logits, targets, ignore_index, losses, lse, want_gradient):
+def _softmax_triton(logits, targets, ignore_index, losses, stats, want_gradient):
     library.launch(
         cross_entropy_kernel,
         (len(logits),),
-        *(logits, targets, losses, lse),
+        *(logits, targets, losses, *stats),
         *(logits.stride(0), logits.shape[1], ignore_index),
         BLOCK=min(4096, triton.next_power_of_2(logits.shape[1])),
         num_warps=8,
     )
     if want_gradient:
-        _gradient_triton(logits, targets, ignore_index, lse, None)
+        _gradient_triton(logits, targets, ignore_index, stats, None)
 
 
-def _gradient_triton(logits, targets, ignore_index, lse, dloss):
+def _gradient_triton(logits, targets, ignore_index, stats, dloss):
     vocabulary = logits.shape[1]
     block = min(2048, triton.next_power_of_2(vocabulary))
     library.launch(
         dlogits_kernel,
         (len(logits) * triton.cdiv(vocabulary, block),),
-        *(logits, targets, lse, dloss, logits.stride(0)),
+        *(logits, targets, *stats, dloss, logits.stride(0)),
         *(0 if dloss is None else dloss.stride(0), vocabulary, ignore_index),
         BLOCK=block,
         num_warps=4,
     )
 
 
-def _softmax_cpp(logits, targets, ignore_index, losses, lse, want_gradient):
-    library.cpp.cross_entropy(logits, targets, ignore_index, lse, losses, None, want_gradient)
+def _softmax_cpp(logits, targets, ignore_index, losses, stats, want_gradient):
+    library.cpp.cross_entropy(logits, targets, ignore_index, *stats, losses, None, want_gradient)
 
 
-def _gradient_cpp(logits, targets, ignore_index, lse, dloss):
+def _gradient_cpp(logits, targets, ignore_index, stats, dloss):
     dloss = library.contiguous_fp32(dloss)
-    library.cpp.cross_entropy(logits, targets, ignore_index, lse, None, dloss, True)
+    library.cpp.cross_entropy(logits, targets, ignore_index, *stats, None, dloss, True)
 
 
 def _fake(x, weight, targets, ignore_index, per_token, want_x, want_weight):
-    lse = x.new_empty(x.shape[0], dtype=library.compute_dtype(x.dtype))
-    dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=lse.dtype)
-    loss = lse.new_empty(lse.shape if per_token else ())
-    return loss, lse, library.empty_if(want_x, x), dweight
+    stats = x.new_empty((2, x.shape[0]), dtype=library.compute_dtype(x.dtype))
+    dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=stats.dtype)
+    loss = stats.new_empty(x.shape[:1] if per_token else ())
+    return loss, stats, library.empty_if(want_x, x), dweight
 
 
-def _fake_backward(dloss, x, weight, targets, lse, ignore_index):
+def _fake_backward(dloss, x, weight, targets, stats, ignore_index):
     return weight.new_empty(weight.shape)
 
 
@@ -231,15 +236,15 @@ def _flops(x, weight, targets, ignore_index, per_token, want_x, want_weight, *, 
     return 2 * x[0] * weight[0] * weight[1] * (1 + want_x + want_weight)
 
 
-def _flops_backward(dloss, x, weight, targets, lse, ignore_index, *, out_shape=None):
+def _flops_backward(dloss, x, weight, targets, stats, ignore_index, *, out_shape=None):
     return 2 * x[0] * weight[0] * weight[1] * 2
 
 
 linear_cross_entropy_op = library.define(
     "linear_cross_entropy",
     forward="(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool per_token,"
-    " bool want_x, bool want_weight) -> (Tensor loss, Tensor lse, Tensor dx, Tensor dweight)",
-    backward="(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor lse,"
+    " bool want_x, bool want_weight) -> (Tensor loss, Tensor stats, Tensor dx, Tensor dweight)",
+    backward="(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor stats,"
     " int ignore_index) -> Tensor",
     fakes={"forward": _fake, "backward": _fake_backward},
     flops={"forward": _flops, "backward": _flops_backward},
@@ -263,12 +268,12 @@ linear_cross_entropy_op.register(
 
 def _setup_context(ctx, inputs, output):
     x, weight, targets, ctx.ignore_index, ctx.per_token, want_x, want_weight = inputs
-    _, lse, dx, dweight = output
+    _, stats, dx, dweight = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, dx, dweight)
+    ctx.mark_non_differentiable(stats, dx, dweight)
     ctx.dtypes = x.dtype, weight.dtype
     ctx.late_weight = ctx.needs_input_grad[1] and not want_weight
-    again = (x, weight, targets, lse) if ctx.late_weight else ()
+    again = (x, weight, targets, stats) if ctx.late_weight else ()
     ctx.save_for_backward(dx if want_x else None, dweight if want_weight else None, *again)
 
 

@@ -129,7 +129,7 @@ def attention_cases():
         options = (meta(torch.int32, 5) if packed else None, options[0], dim**-0.5, options[1])
         name = f"{NAMES[dtype]} {dim} {layout} {mask}"
         yield name, "forward", (q, k, k, *options)
-        saved = (q, q, k, k, q, meta(FP32, batch, 8, length))
+        saved = (q, q, k, k, q, meta(FP32, batch, 8, 2, length))
         yield f"{name} dq dk dv", "backward", (*saved, *options, True, True, True)
         if (dtype, dim, layout, mask) == (BF16, 128, "plain", "causal"):
             only_dv = (q, q, k, None, None, saved[-1])
@@ -139,7 +139,7 @@ def attention_cases():
 def cross_entropy_cases():
     for dtype, width, vocabulary in ((BF16, 576, 49152), (FP16, 4096, 32000)):
         x, weight = meta(dtype, 4096, width), meta(dtype, vocabulary, width)
-        targets, lse = meta(torch.int64, 4096), meta(FP32, 4096)
+        targets, dloss, stats = meta(torch.int64, 4096), meta(FP32, 4096), meta(FP32, 2, 4096)
         name = f"{NAMES[dtype]} {width} {vocabulary}"
         for per_token, want_x, want_weight in itertools.product((False, True), repeat=3):
             wanted = " dx" * want_x + " dweight" * want_weight
@@ -150,7 +150,7 @@ def cross_entropy_cases():
                     "forward",
                     (x, weight, targets, *settings),
                 )
-        yield f"{name} none dweight", "backward", (lse, x, weight, targets, lse, -100)
+        yield f"{name} none dweight", "backward", (dloss, x, weight, targets, stats, -100)
 
 
 def linear_swiglu_cases():

@@ -199,10 +199,10 @@ def test_attention_takes_memory_only_for_what_is_wanted(wanted):
     k, v = torch.randn(2, 1, 200, 2, 32)
     functions = library._ops["flash_attention"].implementations["cpp"]
     options = (None, True, 0.2, None)
-    o, lse = functions["forward"](q, k, v, *options)
-    complete = functions["backward"](do, q, k, v, o, lse, *options, True, True, True)
+    o, stats = functions["forward"](q, k, v, *options)
+    complete = functions["backward"](do, q, k, v, o, stats, *options, True, True, True)
     only_v = wanted == (False, False, True)
-    given = (do, q, k, None, None, lse) if only_v else (do, q, k, v, o, lse)
+    given = (do, q, k, None, None, stats) if only_v else (do, q, k, v, o, stats)
     for grad, all_of_it, want in zip(
         as_tuple(functions["backward"](*given, *options, *wanted)), complete, wanted, strict=True
     ):

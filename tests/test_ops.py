@@ -386,8 +386,8 @@ def test_packed_gradients_of_attention(_, backend, dtype, documents):
     options = cu_seqlens, True, 0.2, None if documents else 7
     ops = torch.ops.llamapro
     with lk.use_backend(backend):
-        o, lse = ops.flash_attention(q, k, v, *options)
-        saved = torch.randn_like(o), q, k, v, o, lse, *options
+        o, stats = ops.flash_attention(q, k, v, *options)
+        saved = torch.randn_like(o), q, k, v, o, stats, *options
         apart = ops.flash_attention_backward(*saved, True, True, True)
         assert torch.equal(ops.flash_attention_backward_packed(*saved), torch.cat(apart, 2))
 

@@ -75,7 +75,8 @@ class Recorder:
 
 
 # What backward launches for each set of wanted inputs, and the memory it asks for: as much as these
-# inputs have, "lse" for a number a row, "logits" and "gate_up" for these intermediates.
+# inputs have, "delta" for a number a row, "stats" for two, "logits" and "gate_up" for these
+# intermediates.
 DWEIGHT = ["rms_norm_backward", "sum_of_rows"]
 BACKWARD = {
     ("rms_norm", "x"): (["rms_norm_backward"], ["x"]),
@@ -88,13 +89,13 @@ BACKWARD = {
     ("rope", "k"): (["rope"], ["k"]),
     ("rope", "q k"): (["rope"], ["q", "k"]),
     ("swiglu", "gate_up"): (["swiglu_backward"], ["gate_up"]),
-    ("attention", "q"): (["attention_delta", "attention_dq"], ["q", "lse"]),
-    ("attention", "k"): (["attention_delta", "attention_dkv"], ["k", "lse"]),
+    ("attention", "q"): (["attention_delta", "attention_dq"], ["q", "delta"]),
+    ("attention", "k"): (["attention_delta", "attention_dkv"], ["k", "delta"]),
     ("attention", "v"): (["attention_dkv"], ["v"]),
-    ("attention", "k v"): (["attention_delta", "attention_dkv"], ["k", "v", "lse"]),
+    ("attention", "k v"): (["attention_delta", "attention_dkv"], ["k", "v", "delta"]),
     ("attention", "q k v"): (
         ["attention_delta", "attention_dq", "attention_dkv"],
-        ["q", "k", "v", "lse"],
+        ["q", "k", "v", "delta"],
     ),
     ("linear_swiglu", "x"): (["swiglu_backward"], ["gate_up", "gate_up", "x"]),
     ("linear_swiglu", "weight"): (["swiglu_backward"], ["gate_up", "gate_up", "weight"]),
@@ -110,15 +111,15 @@ FORWARD = {
     ("rope", ""): (["rope"], ["q", "k"]),
     ("swiglu", ""): (["swiglu_forward"], ["y"]),
     ("linear_swiglu", ""): (["linear_swiglu"], ["y"]),
-    ("attention", ""): (["attention_forward"], ["q", "lse"]),
-    ("cross_entropy_sum", ""): (["cross_entropy"] * 2, ["logits", "rows", "rows", "one"]),
+    ("attention", ""): (["attention_forward"], ["q", "stats"]),
+    ("cross_entropy_sum", ""): (["cross_entropy"] * 2, ["logits", "rows", "stats", "one"]),
     ("cross_entropy_sum", "x"): (
         ["cross_entropy", "dlogits"] * 2,
-        ["logits", "rows", "rows", "one", "x"],
+        ["logits", "rows", "stats", "one", "x"],
     ),
     ("cross_entropy_sum", "weight"): (
         ["cross_entropy", "dlogits"] * 2,
-        ["logits", "rows", "rows", "one", "weight"],
+        ["logits", "rows", "stats", "one", "weight"],
     ),
 }
 
@@ -146,9 +147,11 @@ def prepare(name, wanted):
     leaves = convert(inputs, torch.float32)
     sizes = {key: value.numel() for key, value in leaves.items()} | {"one": 1}
     if "q" in leaves:
-        sizes["lse"] = leaves["q"].shape[:3].numel()
+        sizes["delta"] = leaves["q"].shape[:3].numel()
+        sizes["stats"] = 2 * sizes["delta"]
     if "x" in leaves:
         sizes["rows"] = leaves["x"].shape[:-1].numel()
+        sizes["stats"] = 2 * sizes["rows"]
         sizes["gate_up"] = sizes["rows"] * len(leaves["weight"])
         sizes["logits"] = 11 * (-(-len(leaves["weight"]) // 16) * 16)  # rows begin aligned
     for key in wanted.split():

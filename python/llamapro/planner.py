@@ -128,7 +128,9 @@ def flops(work: Workload, save: list[str] | None = None) -> dict[str, int]:
 def saved_bytes(work: Workload, save: str) -> int:
     """What one block keeps for backward."""
     shape, size = Shape.of(work.config), work.dtype.itemsize
-    light = (2 * shape.width + 2 * shape.queries + 2 * shape.keys) * size + 4 * (shape.heads + 2)
+    light = (2 * shape.width + 2 * shape.queries + 2 * shape.keys) * size + 4 * (
+        2 * shape.heads + 2
+    )
     a_token = {"input": shape.width * size, "light": light, "all": light + 2 * shape.inner * size}
     return work.tokens * a_token[save]
 

@@ -29,6 +29,8 @@ import torch
 from llamapro_kernels import attention_triton, library
 from llamapro_kernels.attention_triton import LOG2E
 
+LARGEST_SCALE = torch.finfo(torch.float32).max / LOG2E  # in base 2 it is still a number
+
 
 def flash_attention_reference(q, k, v, cu_seqlens, causal, scale, window):
     """Ground truth: o and stats by explicit scores."""
@@ -197,6 +199,23 @@ def _flops_backward(
     return _flops(q, k, None, None, causal, scale, window) // 2 * products
 
 
+def _check(q, k, v, cu_seqlens, causal, scale, window):
+    check_operands(q, k, v)
+    library.expect(k.shape, q, k=k, v=v)
+    if cu_seqlens is not None:
+        check_documents(q, k, cu_seqlens)
+
+
+def _check_backward(do, q, k, v, o, stats, cu_seqlens, causal, scale, window, *wanted):
+    """`wanted` is there when the gradients come apart; they need v and o but for dv alone."""
+    _check(q, k, k if v is None else v, cu_seqlens, causal, scale, window)
+    batch, length, heads, _ = q.shape
+    library.expect(q.shape, q, do=do, o=o)
+    library.expect((batch, heads, 2, length), q, library.compute_dtype(q.dtype), stats=stats)
+    if (v is None or o is None) and any(wanted[:2]):
+        raise ValueError("v and o are needed for dq and dk, got None")
+
+
 flash_attention_op = library.define(
     "flash_attention",
     forward="(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, bool causal, float scale,"
@@ -210,6 +229,11 @@ flash_attention_op = library.define(
         "forward": _fake,
         "backward": _fake_backward,
         "backward_packed": _fake_backward_packed,
+    },
+    checks={
+        "forward": _check,
+        "backward": _check_backward,
+        "backward_packed": _check_backward,
     },
     flops={
         "forward": _flops,
@@ -276,21 +300,38 @@ def flash_attention(
     each earlier one a key less. `window` W (causal only): a query sees itself and the W - 1
     tokens before it. `cu_seqlens` (int32, (documents + 1,), from 0 to T): documents lie one after
     the other in a batch of one, S = T, and see only themselves; what it holds is checked on a CPU
-    alone. Under autocast the op runs, and returns, in autocast's dtype.
+    alone. Causal attention with more queries than keys is refused: queries that see nothing are
+    mostly tensors in another order. Under autocast the op runs, and returns, in autocast's dtype.
     Raises TypeError for dtypes and ValueError for shapes or options that do not fit.
     Source: Dao 2023, "FlashAttention-2".
     """
     library.check_floating(q=q, k=k, v=v)
     q, k, v = library.in_autocast(q, k, v)
     check_operands(q, k, v)
-    if window is not None and (not causal or window < 1):
-        raise ValueError(f"window must be at least 1 and causal, got {window}, causal={causal}")
+    check_window(window)
+    if window is not None and not causal:
+        raise ValueError(f"a window is for causal attention alone, got {window}, causal={causal}")
+    if causal:
+        check_causal(q, k)
     if cu_seqlens is not None:
         check_documents(q, k, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    if not 0 < scale < LARGEST_SCALE:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     return torch.ops.llamapro.flash_attention(q, k, v, cu_seqlens, causal, scale, window)[0]
+
+
+def check_window(window):
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be a whole number of at least 1, got {window!r}")
+
+
+def check_causal(q, k):
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(
+            "causal attention needs as many keys as queries at least,"
+            f" got q {tuple(q.shape)} and k {tuple(k.shape)}: are they (B, T, H, D)?"
+        )
 
 
 def check_operands(q, k, v):

@@ -26,7 +26,12 @@ from typing import NamedTuple
 import torch
 
 from llamapro_kernels import library
-from llamapro_kernels.attention import check_documents, check_operands
+from llamapro_kernels.attention import (
+    check_causal,
+    check_documents,
+    check_operands,
+    check_window,
+)
 from llamapro_kernels.product import linear, matmul
 from llamapro_kernels.rope import check_constant
 
@@ -123,6 +128,7 @@ def _attention_half(x, w, settings, cache=None):
     if cache is not None:
         k, v = cache(k, v)
         check_operands(q, k, v)
+        check_causal(q, k)
     o, stats = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
     return Kept(x, rstd, q, k, v, o, stats)
 
@@ -272,7 +278,7 @@ def decoder_block(
     the block computes in autocast's dtype. Raises TypeError for dtypes, and ValueError for shapes
     and options that do not fit. Source: Touvron et al. 2023.
     """
-    _check(x, weights, cos, sin, window, cu_seqlens, save)
+    _check(x, weights, cos, sin, eps, window, cu_seqlens, save)
     # float: a default that Dynamo makes a symbol (dynamic=True) cannot enter the next block's node.
     settings = Settings(cos, sin, cu_seqlens, float(eps), window, save)
     computed, *weights = library.in_autocast(x, *weights)
@@ -291,7 +297,7 @@ def _run(x, weights, settings, cache):
     return _Block.apply(x, *settings, *weights)
 
 
-def _check(x, w, cos, sin, window, cu_seqlens, save):
+def _check(x, w, cos, sin, eps, window, cu_seqlens, save):
     if not isinstance(w, BlockWeights):
         raise TypeError(f"weights must be BlockWeights, got {type(w).__name__}")
     given = {name: t for name, t in w._asdict().items() if t is not None or name in REQUIRED}
@@ -305,8 +311,8 @@ def _check(x, w, cos, sin, window, cu_seqlens, save):
         )
     check_constant(cos, sin)
     _check_shapes(x.shape[2], cos.shape[1], {name: tuple(t.shape) for name, t in given.items()})
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    check_window(window)
+    library.check_eps(eps)
     if cu_seqlens is not None:
         check_documents(x, x, cu_seqlens)
 
@@ -320,13 +326,16 @@ def _check_shapes(width, dim, shapes):
         **{"gate_up": (2 * inner, width), "gate_up_bias": (2 * inner,)},
         "down_proj": (width, inner),
     }
+    for name, shape in shapes.items():
+        if expected[name] != shape:
+            raise ValueError(f"{name} must be {expected[name]} for N = {width}, got {shape}")
     heads = values // max(1, dim)
     kv_heads = (rows - values) // max(1, 2 * dim)
     whole = values == heads * dim and rows == (heads + 2 * kv_heads) * dim and dim % 2 == 0
-    same = all(expected[name] == shape for name, shape in shapes.items())
-    if not same or not whole or kv_heads < 1 or heads % kv_heads:
+    if not whole or kv_heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"weights for N = {width} and D = {dim} expected, see BlockWeights; got {shapes}"
+            f"qkv ((H + 2 Hkv) D, N) and o_proj (N, H D), H a multiple of Hkv, expected for an even"
+            f" D = {dim}, that of cos and sin, got {shapes['qkv']} and {shapes['o_proj']}"
         )
 
 

@@ -4,31 +4,36 @@ An op file calls `define` once for the schema and `Op.register` once for each ba
 serve it. Callers see one ``torch.ops.llamapro.<name>`` whatever runs underneath, so adding a
 backend never touches a caller.
 
-Triton is optional: without it the kernels stay plain functions that nothing calls. An op file says
-``from __future__ import annotations``, so that ``tl.constexpr`` in a signature needs no Triton.
+Triton is optional: without it, or a GPU, the kernels stay plain functions that nothing calls. An op
+file says ``from __future__ import annotations``, so that ``tl.constexpr`` in a signature needs no
+Triton.
 """
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    triton = tl = TensorDescriptor = None
+from llamapro_kernels.flops import register_flop_formula
 
-# Triton looks when a kernel is defined, so changing the variable after the import does nothing.
+# Triton takes half a second to import: that is for those who can run it, in its interpreter too, or
+# who compile its kernels for another machine (LLAMAPRO_TRITON=1). It looks when a kernel is
+# defined, so changing these variables after the import does nothing.
+triton = tl = TensorDescriptor = None
+if "1" in map(os.environ.get, ("TRITON_INTERPRET", "LLAMAPRO_TRITON")) or torch.cuda.is_available():
+    with suppress(ImportError):
+        import triton
+        from triton import language as tl  # noqa: F401
+        from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401
+
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 BACKENDS = ("triton", "cpp", "reference")  # in order of preference
@@ -84,8 +89,9 @@ class Op:
             f"llamapro::{self.name}", once, setup_context=setup_context, lib=_namespace
         )
 
-    def _router(self, kind: str) -> Callable:
+    def _router(self, kind: str, check: Callable) -> Callable:
         def serve(*args):
+            check(*args)
             tensor = next(a for a in args if isinstance(a, torch.Tensor))
             backend = self.backend_for(tensor.device.type, tensor.dtype)
             if backend == "reference" and tensor.device.type == "cpu":
@@ -103,25 +109,34 @@ def define(
     name: str,
     *,
     fakes: dict[str, Callable],
+    checks: dict[str, Callable],
     flops: dict[str, Callable] | None = None,
     **schemas: str,
 ) -> Op:
     """Define ``llamapro::<name>`` by the schema `forward`, and ``llamapro::<name>_<kind>`` by each
     other one: `backward`, and what an op needs besides.
 
-    `fakes` holds the shape functions, under the same names; `flops`, for ops with matrix products
-    inside, functions from the arguments, tensors as shapes, to their FLOPs, for
-    ``torch.utils.flop_counter``.
+    `fakes` holds the shape functions, under the same names; `checks` raises for operands that a
+    kernel would read or write beyond, since a registered op is there for everybody; `flops`, for
+    ops with matrix products inside, functions from the arguments, tensors as shapes, to their
+    FLOPs, for ``torch.utils.flop_counter``.
     """
     op = _ops[name] = Op(name)
     for kind, schema in schemas.items():
         qualified = name if kind == "forward" else f"{name}_{kind}"
         _namespace.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
-        _namespace.impl(qualified, op._router(kind), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"llamapro::{qualified}", fakes[kind], lib=_namespace)
+        check, fake = checks[kind], fakes[kind]
+        _namespace.impl(qualified, op._router(kind, check), "CompositeExplicitAutograd")
+        checked = functools.partial(_checked, check, fake)
+        torch.library.register_fake(f"llamapro::{qualified}", checked, lib=_namespace)
         if flops:
-            register_flop_formula(getattr(torch.ops.llamapro, qualified))(flops[kind])
+            register_flop_formula(getattr(torch.ops.llamapro, qualified), flops[kind])
     return op
+
+
+def _checked(check, function, *args):
+    check(*args)
+    return function(*args)
 
 
 def backends(device: str | None = None) -> dict[str, str]:
@@ -301,22 +316,58 @@ def empty_if(wanted: bool, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(like.shape if wanted else 0)
 
 
+def expect(shape, like: torch.Tensor, dtype: torch.dtype | None = None, **tensors) -> None:
+    """Raise ValueError unless the tensors, but those that are None, have this shape, the device of
+    `like`, and the dtype, by default that of `like`."""
+    dtype = dtype or like.dtype
+    for name, t in tensors.items():
+        if t is not None and (t.shape != shape or t.dtype != dtype or t.device != like.device):
+            raise ValueError(
+                f"{name} must be {tuple(shape)}, {dtype}, on {like.device},"
+                f" got {tuple(t.shape)}, {t.dtype}, on {t.device}"
+            )
+
+
+def recordable(x: torch.Tensor) -> torch.Tensor:
+    """x, or where autograd refuses to save it, a copy: a tensor made in inference mode."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
+
+
 def check_floating(**tensors: torch.Tensor) -> None:
     """Raise TypeError unless all are tensors of 16, 32 or 64 bits, ValueError unless on one device.
 
-    Also RuntimeError in forward-mode differentiation, which would otherwise give silent zeros.
+    Also RuntimeError in forward-mode differentiation, which would otherwise give silent zeros, and
+    under the transforms of torch.func.
     """
     if forward_ad._current_level >= 0:
         raise RuntimeError("llamapro ops have no forward-mode derivative")
+    if not torch.compiler.is_compiling() and _in_transform():
+        raise RuntimeError(
+            "llamapro ops do not work under torch.func's grad, vmap and the like;"
+            " torch.autograd.grad and backward() expected"
+        )
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOATING:
-            got = getattr(tensor, "dtype", type(tensor).__name__)
+            got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a tensor of 16, 32 or 64 bit floats, got {got}")
         if tensor.device != first.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, {first_name} on {first.device}: one device expected"
             )
+
+
+def check_eps(eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+
+
+def _in_transform() -> bool:
+    transform = torch._C._functorch.peek_interpreter_stack()
+    functionalize = torch._C._functorch.TransformType.Functionalize
+    return transform is not None and transform.key() != functionalize
 
 
 def _runs_on(backend: str, device_type: str, dtype: torch.dtype) -> bool:

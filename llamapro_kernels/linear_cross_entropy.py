@@ -240,6 +240,21 @@ def _flops_backward(dloss, x, weight, targets, stats, ignore_index, *, out_shape
     return 2 * x[0] * weight[0] * weight[1] * 2
 
 
+def _check(x, weight, targets, ignore_index, *_):
+    if x.dim() != 2 or weight.dim() != 2:
+        raise ValueError(
+            f"x (N, D) and weight (V, D) expected, got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    library.expect((weight.shape[0], x.shape[1]), x, weight=weight)
+    library.expect(x.shape[:1], x, torch.int64, targets=targets)
+
+
+def _check_backward(dloss, x, weight, targets, stats, ignore_index):
+    _check(x, weight, targets, ignore_index)
+    library.expect((2, len(x)), x, library.compute_dtype(x.dtype), stats=stats)
+    library.expect(x.shape[:1], x, dloss.dtype, dloss=dloss)
+
+
 linear_cross_entropy_op = library.define(
     "linear_cross_entropy",
     forward="(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool per_token,"
@@ -247,6 +262,7 @@ linear_cross_entropy_op = library.define(
     backward="(Tensor dloss, Tensor x, Tensor weight, Tensor targets, Tensor stats,"
     " int ignore_index) -> Tensor",
     fakes={"forward": _fake, "backward": _fake_backward},
+    checks={"forward": _check, "backward": _check_backward},
     flops={"forward": _flops, "backward": _flops_backward},
 )
 linear_cross_entropy_op.register(
@@ -324,6 +340,8 @@ def linear_cross_entropy(
     """
     library.check_floating(x=x, weight=weight)
     x, weight = library.in_autocast(x, weight)
+    if not isinstance(targets, torch.Tensor):
+        raise TypeError(f"targets must be an int64 or int32 tensor, got {type(targets).__name__}")
     if x.dtype != weight.dtype or targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             "x and weight must have one dtype and targets int64 or int32,"

@@ -154,12 +154,27 @@ def _flops_backward(dy, x, weight, want_x, want_weight, *, out_shape=None):
     return _flops(x, weight) * (1 + want_x + want_weight)
 
 
+def _check(x, weight):
+    fits = x.dim() > 0 and weight.dim() == 2 and weight.shape[1:] == x.shape[-1:]
+    if not fits or weight.shape[0] % 2:
+        raise ValueError(
+            f"x (..., N) and weight (2I, N) expected, got {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
+    library.expect(weight.shape, x, weight=weight)
+
+
+def _check_backward(dy, x, weight, want_x, want_weight):
+    _check(x, weight)
+    library.expect((*x.shape[:-1], weight.shape[0] // 2), x, dy=dy)
+
+
 linear_swiglu_op = library.define(
     "linear_swiglu",
     forward="(Tensor x, Tensor weight) -> Tensor",
     backward="(Tensor dy, Tensor x, Tensor weight, bool want_x, bool want_weight)"
     " -> (Tensor dx, Tensor dweight)",
     fakes={"forward": _fake, "backward": _fake_backward},
+    checks={"forward": _check, "backward": _check_backward},
     flops={"forward": _flops, "backward": _flops_backward},
 )
 linear_swiglu_op.register(
@@ -196,9 +211,5 @@ def linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x, weight = library.in_autocast(x, weight)
     if x.dtype != weight.dtype:
         raise TypeError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
-    fits = x.dim() > 0 and weight.dim() == 2 and weight.shape[1:] == x.shape[-1:]
-    if not fits or weight.shape[0] % 2:
-        raise ValueError(
-            f"x (..., N) and weight (2I, N) expected, got {tuple(x.shape)}, {tuple(weight.shape)}"
-        )
+    _check(x, weight)
     return torch.ops.llamapro.linear_swiglu(x, weight)

@@ -15,9 +15,9 @@ These functions have no derivative: they stand where a gradient is written out.
 import itertools
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from llamapro_kernels import library
+from llamapro_kernels.flops import register_flop_formula
 
 TILED = {torch.bfloat16} if library.CPU_BUILD == "amx" else set()
 PIECE = 8192  # columns of a product that are copied to where they belong while in the cache
@@ -164,8 +164,8 @@ def _matmul_flops(a, b, *_, out_shape=None):
     return 2 * a[0] * a[1] * b[1]
 
 
-if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear_flops)
+if ONEDNN:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise, _linear_flops)
 if hasattr(library.cpp, "matmul"):
-    register_flop_formula(library.cpp.matmul)(_matmul_flops)
+    register_flop_formula(library.cpp.matmul, _matmul_flops)
     torch.library.register_fake("llamapro_cpp::matmul", lambda a, b, residual, out, total: None)

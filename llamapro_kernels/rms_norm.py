@@ -336,12 +336,43 @@ def _rstd_like(x):
     return x.new_empty((*x.shape[:-1], 1), dtype=library.compute_dtype(x.dtype))
 
 
+def _check(x, weight, eps):
+    _check_weight(x, weight)
+    library.check_eps(eps)
+
+
+def _check_add(x, residual, weight, eps):
+    _check(x, weight, eps)
+    library.expect(x.shape, x, residual=residual)
+
+
+def _check_backward(dy, x, weight, rstd, dweight_dtype):
+    _check_add_backward(dy, None, x, weight, rstd, dweight_dtype)
+
+
+def _check_add_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
+    library.expect(total.shape, total, dy=dy, dtotal=dtotal)
+    dtype = library.compute_dtype(total.dtype)
+    library.expect((*total.shape[:-1], 1), total, dtype, rstd=rstd)
+    if weight is not None:
+        _check_weight(total, weight)
+
+
+def _check_weight(x, weight):
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"weight must be (N,) for x (..., N), got {tuple(weight.shape)} for {tuple(x.shape)}"
+        )
+    library.expect(weight.shape, x, weight.dtype, weight=weight)
+
+
 rms_norm_op = library.define(
     "rms_norm",
     forward="(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
     backward="(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, ScalarType? dweight_dtype)"
     " -> (Tensor dx, Tensor dweight)",
     fakes={"forward": _fake, "backward": _fake_backward},
+    checks={"forward": _check, "backward": _check_backward},
 )
 rms_norm_op.register("reference", forward=rms_norm_reference, backward=rms_norm_backward_reference)
 rms_norm_op.register("triton", forward=rms_norm_forward, backward=rms_norm_backward)
@@ -353,6 +384,7 @@ add_rms_norm_op = library.define(
     backward="(Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, Tensor rstd,"
     " ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)",
     fakes={"forward": _fake_add, "backward": _fake_add_backward},
+    checks={"forward": _check_add, "backward": _check_add_backward},
 )
 add_rms_norm_op.register(
     "reference", forward=add_rms_norm_reference, backward=add_rms_norm_backward_reference
@@ -407,11 +439,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
     x: (..., N), weight: (N,), floating point; returns (..., N) in x's dtype.
-    Raises TypeError for other dtypes, ValueError when the sizes do not match.
+    Raises TypeError for other dtypes, ValueError when the sizes do not match or eps is negative.
     Source: Zhang and Sennrich 2019.
     """
-    _check(x, weight)
-    return torch.ops.llamapro.rms_norm(x, weight, eps)[0]
+    library.check_floating(x=x, weight=weight)
+    _check(x, weight, eps)
+    return torch.ops.llamapro.rms_norm(library.recordable(x), weight, eps)[0]
 
 
 def add_rms_norm(
@@ -423,19 +456,11 @@ def add_rms_norm(
     (under autocast they differ). The sum is rounded to that dtype before it is normed, as the two
     steps apart would do. Raises TypeError for other dtypes, ValueError when the sizes differ.
     """
-    _check(x, weight)
-    library.check_floating(x=x, residual=residual)
+    library.check_floating(x=x, residual=residual, weight=weight)
+    _check(x, weight, eps)
     if residual.shape != x.shape:
         raise ValueError(f"residual must be {tuple(x.shape)} like x, got {tuple(residual.shape)}")
     dtype = torch.promote_types(x.dtype, residual.dtype)
     x, residual = x.to(dtype), residual.to(dtype)
     y, total, _ = torch.ops.llamapro.add_rms_norm(x, residual, weight, eps)
     return y, total
-
-
-def _check(x, weight):
-    library.check_floating(x=x, weight=weight)
-    if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight must be (N,) for x (..., N), got {tuple(weight.shape)} for {tuple(x.shape)}"
-        )

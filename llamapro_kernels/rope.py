@@ -21,21 +21,8 @@ from llamapro_kernels import library
 from llamapro_kernels.library import tl, triton
 
 
-def rope_reference(q, k, cos, sin):
-    """Ground truth: q and k rotated, each in its own dtype."""
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def rope_backward_reference(dq, dk, cos, sin, want_q, want_k):
-    """dq or dk is None when nothing downstream used it."""
-    grads = ((dq, want_q), (dk, want_k))
-    return tuple(
-        _rotate(g, cos, -sin) if want else (cos if g is None else g).new_empty(0)
-        for g, want in grads
-    )
-
-
-def _rotate(x, cos, sin):
+def rope_reference(x, cos, sin):
+    """Ground truth: q or k rotated, in its own dtype."""
     dtype = library.compute_dtype(x.dtype)
     x1, x2 = x.to(dtype).chunk(2, -1)
     c, s = (t[:, None, : x.shape[-1] // 2].to(dtype) for t in (cos, sin))
@@ -111,22 +98,21 @@ def _rotate_triton(q, k, cos, sin, sign, outputs):
 def _rotate_reference(q, k, cos, sin, sign, outputs):
     for x, out in zip((q, k), outputs, strict=True):
         if x is not None:
-            out.copy_(_rotate(x, cos, sign * sin))
+            out.copy_(rope_reference(x, cos, sign * sin))
 
 
 def _rotate_cpp(q, k, cos, sin, sign, outputs):
-    _check_halves(cos=cos, sin=sin)
     cos, sin = library.contiguous_fp32(cos), library.contiguous_fp32(sin)
     for x, out in zip((q, k), outputs, strict=True):
         if x is not None:
             library.cpp.rope(x, cos, sin, sign, out)
 
 
-def _check_halves(**tables):
-    """Of the last angles, which tell. On a GPU looking would mean waiting."""
-    for name, table in tables.items():
+def _check_halves(cos, sin):
+    """Of the last angles, which tell; on a CPU alone, since on a GPU looking would mean waiting."""
+    for name, table in (("cos", cos), ("sin", sin)):
         first, second = table[-1:].chunk(2, 1)
-        if not torch.equal(first, second):
+        if table.device.type == "cpu" and not torch.equal(first, second):
             raise ValueError(f"{name} must be (T, D) with equal halves, got two that differ")
 
 
@@ -134,12 +120,14 @@ def _check_halves(**tables):
 
 
 def rope_forward(q, k, cos, sin, *, rotate):
+    _check_halves(cos, sin)
     outputs = _fake(q, k, cos, sin)
     rotate(q, k, cos, sin, 1.0, outputs)
     return outputs
 
 
 def rope_backward(dq, dk, cos, sin, want_q, want_k, *, rotate):
+    _check_halves(cos, sin)
     outputs = _fake_backward(dq, dk, cos, sin, want_q, want_k)
     rotate(dq if want_q else None, dk if want_k else None, cos, sin, -1.0, outputs)
     return outputs
@@ -147,6 +135,7 @@ def rope_backward(dq, dk, cos, sin, want_q, want_k, *, rotate):
 
 def rope_inplace(x, cos, sin, inverse, *, rotate):
     """One tensor: of two views of one buffer, inductor loses where the second starts."""
+    _check_halves(cos, sin)
     rotate(x, None, cos, sin, -1.0 if inverse else 1.0, (x, None))
     torch.autograd.graph.increment_version(x)  # as PyTorch's own do, for those who look
 
@@ -160,6 +149,29 @@ def _fake_backward(dq, dk, cos, sin, want_q, want_k):
     return tuple(library.empty_if(want, cos if g is None else g) for g, want in grads)
 
 
+def _check(q, k, cos, sin):
+    """Either may be None, as a gradient may."""
+    x = k if q is None else q
+    if x is None or any(t is not None and t.dim() != 4 for t in (q, k)):
+        shapes = [None if t is None else tuple(t.shape) for t in (q, k)]
+        raise ValueError(f"q (B, T, H, D) and k (B, T, Hkv, D) expected, got {shapes}")
+    batch, length, _, dim = x.shape
+    if k is not None:
+        library.expect((batch, length, k.shape[2], dim), x, k=k)
+    if dim % 2 or cos.dim() != 2:
+        raise ValueError(
+            f"an even D and tables (T, D) expected, got {dim} and cos {tuple(cos.shape)}"
+        )
+    library.expect((length, dim), x, cos.dtype, cos=cos)
+    library.expect((length, dim), x, sin.dtype, sin=sin)
+
+
+def _check_backward(dq, dk, cos, sin, want_q, want_k):
+    if (want_q and dq is None) or (want_k and dk is None):
+        raise ValueError("a gradient that is wanted must come in, got None")
+    _check(dq, dk, cos, sin)
+
+
 rope_op = library.define(
     "rope",
     forward="(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
@@ -171,14 +183,17 @@ rope_op = library.define(
         "backward": _fake_backward,
         "inplace": lambda x, cos, sin, inverse: None,
     },
+    checks={
+        "forward": _check,
+        "backward": _check_backward,
+        "inplace": lambda x, cos, sin, inverse: _check(x, None, cos, sin),
+    },
 )
-rope_op.register(
-    "reference",
-    forward=rope_reference,
-    backward=rope_backward_reference,
-    inplace=partial(rope_inplace, rotate=_rotate_reference),
-)
-for _backend, _rotate_by in (("triton", _rotate_triton), ("cpp", _rotate_cpp)):
+for _backend, _rotate_by in (
+    ("triton", _rotate_triton),
+    ("cpp", _rotate_cpp),
+    ("reference", _rotate_reference),
+):
     rope_op.register(
         _backend,
         forward=partial(rope_forward, rotate=_rotate_by),
@@ -212,8 +227,8 @@ def rope(
 
     q: (B, T, H, D), k: (B, T, Hkv, D) of one floating dtype, cos, sin: (T, D) with equal halves, D
     even, of any. Returns new tensors of the shapes and the dtype of q and k. cos and sin are
-    constants: asking for their gradient raises ValueError, as do sizes that do not match and, in
-    C++, halves that differ; TypeError for dtypes. Source: Su et al. 2021.
+    constants: asking for their gradient raises ValueError, as do sizes that do not match and, on a
+    CPU, halves that differ; TypeError for dtypes. Source: Su et al. 2021.
     """
     library.check_floating(q=q, k=k, cos=cos, sin=sin)
     if q.dtype != k.dtype:

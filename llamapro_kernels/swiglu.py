@@ -112,11 +112,22 @@ def _fake_backward(dy, gate_up):
     return gate_up.new_empty(gate_up.shape)
 
 
+def _check(gate_up):
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up must be (..., 2I), got {tuple(gate_up.shape)}")
+
+
+def _check_backward(dy, gate_up):
+    _check(gate_up)
+    library.expect((*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up, dy=dy)
+
+
 swiglu_op = library.define(
     "swiglu",
     forward="(Tensor gate_up) -> Tensor",
     backward="(Tensor dy, Tensor gate_up) -> Tensor",
     fakes={"forward": _fake, "backward": _fake_backward},
+    checks={"forward": _check, "backward": _check_backward},
 )
 swiglu_op.register("reference", forward=swiglu_reference, backward=swiglu_backward_reference)
 swiglu_op.register("triton", forward=swiglu_forward, backward=swiglu_backward)
@@ -143,6 +154,5 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     Source: Shazeer 2020.
     """
     library.check_floating(gate_up=gate_up)
-    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up must be (..., 2I), got {tuple(gate_up.shape)}")
+    _check(gate_up)
     return torch.ops.llamapro.swiglu(gate_up)

@@ -202,7 +202,7 @@ CASES = {
     "attention": attention(attention_inputs()),
     "attention_full": attention(attention_inputs(keys=3), causal=False, scale=0.3),
     "attention_more_keys": attention(attention_inputs(keys=6)),
-    "attention_fewer_keys": attention(attention_inputs(keys=-2)),
+    "attention_fewer_keys": attention(attention_inputs(keys=-2), causal=False),
     "attention_window": attention(attention_inputs(), window=4),
     "attention_packed": attention(attention_inputs(batch=1), documents),
     "attention_packed_window": attention(attention_inputs(batch=1), documents, window=3),

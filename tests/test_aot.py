@@ -26,6 +26,7 @@ from unittest import mock
 import pytest
 import torch
 
+os.environ.setdefault("LLAMAPRO_TRITON", "1")  # as a script; conftest.py says so for pytest
 from llamapro_kernels import library
 
 triton = pytest.importorskip("triton")

@@ -336,15 +336,27 @@ def test_bad_input_is_refused():
     def call(x=x, w=w, cos=cos, sin=sin, **options):
         return lk.decoder_block(x, w, cos, sin, **options)
 
-    two_key_heads_three_query_heads = w._replace(qkv=w.qkv[:56], o_proj=w.o_proj[:, :24])
+    two_key_heads_three_query_heads = w._replace(
+        qkv=w.qkv[:56], qkv_bias=w.qkv_bias[:56], o_proj=w.o_proj[:, :24]
+    )
     for error, message, arguments in (
         (ValueError, "save must be one of", {"save": "some"}),
         (ValueError, r"got \(2, 9, 24\), \(8, 8\)", {"cos": cos[:8], "sin": sin[:8]}),
-        (ValueError, "for N = 24 and D = 8", {"w": w._replace(gate_up=w.gate_up[1:])}),
-        (ValueError, r"'qkv_bias': \(7,\)", {"w": w._replace(qkv_bias=w.qkv_bias[:7])}),
-        (ValueError, r"'qkv': \(56, 24\)", {"w": two_key_heads_three_query_heads}),
-        (ValueError, r"'qkv': \(\)", {"w": w._replace(qkv=w.qkv.sum())}),
-        (ValueError, "window must be at least 1", {"window": 0}),
+        (
+            ValueError,
+            r"gate_up must be .* N = 24, got \(39, 24",
+            {"w": w._replace(gate_up=w.gate_up[1:])},
+        ),
+        (
+            ValueError,
+            r"qkv_bias must be \(64,\) .* got \(7,\)",
+            {"w": w._replace(qkv_bias=w.qkv_bias[:7])},
+        ),
+        (ValueError, r"even D = 8, .* got \(56, 24\)", {"w": two_key_heads_three_query_heads}),
+        (ValueError, r"qkv must be .* got \(\)", {"w": w._replace(qkv=w.qkv.sum())}),
+        (ValueError, "window must be a whole number of at least 1, got 0", {"window": 0}),
+        (ValueError, r"at least 1, got \(8, 0\)", {"window": (8, 0)}),
+        (ValueError, "eps must be finite and at least 0, got -1", {"eps": -1.0}),
         (ValueError, "constants", {"cos": cos.clone().requires_grad_()}),
         (TypeError, "BlockWeights, got tuple", {"w": tuple(w)}),
         (TypeError, "o_proj must be a tensor .* got NoneType", {"w": w._replace(o_proj=None)}),

@@ -25,7 +25,8 @@ MASKS = {
     "packed": {"cu_seqlens": [0, 1, 130, 131, 300]},
     "packed window": {"cu_seqlens": [0, 150, 300], "window": 40},
 }
-LENGTHS = {"causal": [(1, 300, 300), (2, 129, 257), (1, 65, 300), (2, 300, 65), (1, 1, 300)]}
+LENGTHS = {"causal": [(1, 300, 300), (2, 129, 257), (1, 65, 300), (1, 1, 300)]}
+LENGTHS["full"] = [(1, 300, 300), (2, 300, 65)]
 
 
 # Of each build: what it is for, and what other CPUs than those it is loaded on would have.

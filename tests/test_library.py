@@ -140,17 +140,33 @@ def python(code, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
 
-def test_import_needs_no_triton_and_adds_little():
-    """Median of three, in one process each, of what our import adds to torch's."""
+def test_import_adds_little():
+    """Median of three, in one process each, of the CPU seconds that our import adds to torch's;
+    Triton, half a second of its own, comes where a GPU is."""
     code = """
     import sys, time
-    sys.modules["triton"] = None
     import torch
-    start = time.perf_counter()
+    start = time.process_time()
     import llamapro_kernels
-    print(time.perf_counter() - start)
+    print(time.process_time() - start)
     import llamapro
-    assert "transformers" not in sys.modules and "tyro" not in sys.modules
+    without = {"torch._dynamo", "transformers", "tyro"}
+    if not torch.cuda.is_available():
+        without.add("triton")
+    assert not without & sys.modules.keys(), without & sys.modules.keys()
     """
-    seconds = sorted(float(python(code).stdout) for _ in range(3))
+    seconds = sorted(float(python(code, LLAMAPRO_TRITON="").stdout) for _ in range(3))
     assert seconds[1] < 0.3
+
+
+@pytest.mark.parametrize("first", ["torch.utils.flop_counter", "llamapro_kernels"])
+def test_flops_are_counted_whoever_is_imported_first(first):
+    code = f"""
+    import {first}
+    import torch, llamapro_kernels as lk
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        lk.linear_swiglu(torch.ones(2, 3), torch.ones(8, 3))
+    print(counter.get_total_flops())
+    """
+    assert python(code, LLAMAPRO_TRITON="").stdout.split() == ["96"]

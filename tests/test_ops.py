@@ -392,11 +392,12 @@ def test_packed_gradients_of_attention(_, backend, dtype, documents):
         assert torch.equal(ops.flash_attention_backward_packed(*saved), torch.cat(apart, 2))
 
 
-@pytest.mark.skipif(library.WHY_NO_EXTENSION is not None, reason="C++ alone looks at the values")
-def test_halves_of_a_rotary_table_that_differ():
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU looking would mean waiting")
+@pytest.mark.parametrize("backend", [backend for name, backend in PAIRS if name == "rope"])
+def test_halves_of_a_rotary_table_that_differ(backend):
     """Frequencies side by side are another convention."""
     q, angles = torch.ones(1, 4, 2, 8), torch.rand(4, 4).repeat_interleave(2, -1)
-    with lk.use_backend("cpp"), pytest.raises(ValueError, match=r"cos must be .* equal halves"):
+    with lk.use_backend(backend), pytest.raises(ValueError, match=r"cos must be .* equal halves"):
         lk.rope(q, q, angles.cos(), angles.sin())
 
 
@@ -499,6 +500,69 @@ def test_forward_mode_is_refused():
         torch.func.jvp(lambda x: lk.rms_norm(x, weight), (x,), (x,))
 
 
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev"])
+def test_transforms_of_functions_are_refused(transform):
+    x, weight = torch.ones(2, 3), torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"do not work under torch\.func's grad, vmap"):
+        getattr(torch.func, transform)(lambda x: lk.rms_norm(x, weight).sum())(x)
+
+
+def test_an_input_made_in_inference_mode():
+    """As with PyTorch's norm, a trainable weight has its gradient."""
+    with torch.inference_mode():
+        x, residual = torch.randn(4, 8), torch.randn(4, 8)
+    grads = []
+    for norm in (lk.rms_norm, lambda x, w: F.rms_norm(x, (8,), w, 1e-5)):
+        weight = torch.ones(8, requires_grad=True)
+        norm(x, weight).square().sum().backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads)
+    lk.add_rms_norm(x, residual, weight)[0].sum().backward()
+    with torch.inference_mode():
+        lk.rms_norm(x, weight)
+
+
+@every_pair
+def test_registered_ops_check_their_operands(name, backend):
+    """Whoever calls them without the public function: one number more or less along any dimension
+    of any operand, or another dtype, is an error and never memory beyond it."""
+    case = CASES[name]
+    inputs, constants, grads = draw(name, "odd")
+    inputs, constants = convert(inputs, torch.float32), move(constants)
+    with lk.use_backend(backend):
+        with Calls() as calls:
+            run(case.ours, inputs, constants, [g.to(DEVICE) for g in grads])
+        for function, args, _ in calls.seen:
+            for i, operand in enumerate(args):
+                if not isinstance(operand, torch.Tensor):
+                    continue
+                for wrong in wrong_operands(operand):
+                    given = [*args[:i], wrong, *args[i + 1 :]]
+                    if fits_all_the_same(function, given):
+                        continue
+                    with pytest.raises((ValueError, TypeError), match=r"expected|must|need"):
+                        function(*given)
+
+
+def wrong_operands(operand):
+    for dim, size in enumerate(operand.shape):
+        yield operand.narrow(dim, 0, size - 1)
+        yield torch.cat((operand, operand.narrow(dim, 0, 1)), dim)
+    yield operand[None]
+    yield operand.to(torch.float64 if operand.is_floating_point() else torch.int16)
+
+
+def fits_all_the_same(function, args):
+    """Whether the op has a meaning for these: documents may be fewer, heads of k more."""
+    try:
+        with torch.device("meta"):
+            plain = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+        function(*plain)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
 def packed(*cuts):
     q = torch.ones(1, 4, 2, 8)
     return lambda: lk.flash_attention(q, q, q, cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
@@ -515,6 +579,34 @@ REFUSED = {
     "odd gate_up": (ValueError, r"\(2, 3\)", lambda: lk.swiglu(x23)),
     "short table": (ValueError, r"\(3, 8\)", lambda: lk.rope(q4, q4, table[:3], table[:3])),
     "no list": (TypeError, "got list", lambda: lk.swiglu([1.0, 2.0])),
+    "an array": (TypeError, "x must be .* got ndarray", lambda: lk.rms_norm(x23.numpy(), w3)),
+    "an array of weights": (TypeError, "weight .* ndarray", lambda: lk.rms_norm(x23, w3.numpy())),
+    "negative eps": (ValueError, "eps must be .* got -1", lambda: lk.rms_norm(x23, w3, -1.0)),
+    "eps that is none": (
+        ValueError,
+        "eps must be .* got nan",
+        lambda: lk.add_rms_norm(x23, x23, w3, float("nan")),
+    ),
+    "infinite scale": (
+        ValueError,
+        "scale must be positive and finite, got inf",
+        lambda: lk.flash_attention(q4, q4, q4, scale=float("inf")),
+    ),
+    "a pair of windows": (
+        ValueError,
+        r"window must be a whole number of at least 1, got \(8, 0\)",
+        lambda: lk.flash_attention(q4, q4, q4, window=(8, 0)),
+    ),
+    "heads before positions": (
+        ValueError,
+        r"are they \(B, T, H, D\)\?",
+        lambda: lk.flash_attention(torch.ones(1, 4, 9, 8), *[torch.ones(1, 2, 9, 8)] * 2),
+    ),
+    "a list of targets": (
+        TypeError,
+        "targets must be an int64 or int32 tensor, got list",
+        lambda: lk.linear_cross_entropy(x23, head, [0, 1]),
+    ),
     "float8": (
         TypeError,
         "float8_e4m3fn",

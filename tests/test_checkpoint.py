@@ -88,8 +88,8 @@ def integers(tensors):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (drop_norm, r"missing: model\.layers\.1\.input_layernorm"),
-        (add_stranger, r"unexpected: model\.layers\.0\.self_attn\.q_norm"),
+        (drop_norm, r"missing: 'model\.layers\.1\.input_layernorm"),
+        (add_stranger, r"unexpected: 'model\.layers\.0\.self_attn\.q_norm"),
         (transpose_up, r"up_proj.weight \(32, 48\), expected \(48, 32\)"),
         (integers, r"model.norm.weight must be one of .* got I8"),
     ],

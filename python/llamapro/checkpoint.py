@@ -150,8 +150,8 @@ class Checkpoint:
         layers = {match[1] for match in map(LAYER.fullmatch, self.tensors) if match}
         if len(layers) != self.config.num_hidden_layers:  # before as many names are made
             raise CheckpointError(
-                f"{self.path}: num_hidden_layers = {self.config.num_hidden_layers} in config.json,"
-                f" expected as in the weights, {len(layers)}"
+                f"{self.path}: num_hidden_layers = {len(layers)} expected, as in the weights;"
+                f" config.json says {self.config.num_hidden_layers}"
             )
         if self.config.tie_word_embeddings:
             self._drop_second_name()

@@ -16,7 +16,7 @@ LLAMA3 = {
         ({"hidden_size": True}, "hidden_size must be a whole number, got True"),
         ({"hidden_size": 0}, "hidden_size must be from 1 to 2147483647, got 0"),
         ({"vocab_size": 10**30}, r"vocab_size must be from 1 to 2147483647, got 1000"),
-        ({"num_hidden_layers": 200_000}, "num_hidden_layers must be from 1 to 10000, got 200000"),
+        ({"num_hidden_layers": 200_000}, "num_hidden_layers must be from 1 to 1000, got 200000"),
         ({"num_attention_heads": 0}, "num_attention_heads must be from 1 to"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be from 1 to"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, got '1e-6'"),

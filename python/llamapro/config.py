@@ -26,7 +26,7 @@ LARGEST = 2**31 - 1
 LARGEST_FLOAT = 1e38  # of fp32, in which positions are rotated
 # The numbers that a setting may have, first and last; those of other sizes are 1 to LARGEST.
 RANGES = {
-    "num_hidden_layers": (1, 10_000),
+    "num_hidden_layers": (1, 1000),  # eight times the deepest Llama
     "bos_token_id": (-1, LARGEST),
     "eos_token_id": (-1, LARGEST),
     "rms_norm_eps": (0, LARGEST_FLOAT),

@@ -6,11 +6,12 @@ import struct
 
 import pytest
 import torch
-from llamapro import Llama
+from llamapro import Llama, checkpoint
 from llamapro.checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorEntry,
+    stock_shapes,
     stock_tensors,
     write_safetensors,
 )
@@ -88,8 +89,8 @@ def integers(tensors):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (drop_norm, r"missing: model\.layers\.1\.input_layernorm"),
-        (add_stranger, r"unexpected: model\.layers\.0\.self_attn\.q_norm"),
+        (drop_norm, r"missing: 'model\.layers\.1\.input_layernorm"),
+        (add_stranger, r"unexpected: 'model\.layers\.0\.self_attn\.q_norm"),
         (transpose_up, r"up_proj.weight \(32, 48\), expected \(48, 32\)"),
         (integers, r"model.norm.weight must be one of .* got I8"),
     ],
@@ -198,3 +199,26 @@ def test_dtype_is_that_of_most_values(tiny_path):
     rewrite(tiny_path, half)
     assert Checkpoint(tiny_path).dtype == torch.bfloat16
     assert Llama.from_pretrained(tiny_path).norm.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shapes_by_arithmetic_are_those_of_a_model(tiny, tied, biases):
+    model = tiny(tie_word_embeddings=tied, attention_bias=biases, mlp_bias=not biases, head_dim=12)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stock_tensors(model).items()}
+    assert stock_shapes(model.config) == shapes
+
+
+def test_layers_are_counted_before_anything_is_built(tiny_path, monkeypatch):
+    file = tiny_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 999}))
+    monkeypatch.setattr(checkpoint, "Llama", None)
+    monkeypatch.setattr(checkpoint, "stock_shapes", None)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers = 4 expected, .* says 999"):
+        Llama.from_pretrained(tiny_path)
+
+
+def test_names_in_a_header_are_shown_on_one_line(tiny_path):
+    rewrite(tiny_path, lambda tensors: tensors.update({"a\nb": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"unexpected: 'a\\nb'$"):
+        Llama.from_pretrained(tiny_path)

@@ -73,6 +73,12 @@ def test_errors_are_one_line(run, tiny_path, tmp_path):
     assert "no config.json" in code
 
 
+def test_what_others_say_on_lines_is_said_on_one():
+    with pytest.raises(SystemExit) as stop, cli.said_in_one_line():
+        raise RuntimeError("out of memory\n  at: allocator")
+    assert stop.value.code == "llamapro: out of memory at: allocator"
+
+
 def test_eval_prints_json(run, tiny_path, token_data):
     code, out = run("eval", tiny_path, token_data(), "--seq-len", 16, "--dtype", "float32")
     result = json.loads(out)

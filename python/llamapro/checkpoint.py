@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable
@@ -11,8 +13,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llamapro.model import Block, Llama, LlamaConfig
-from llamapro.storage import new_directory
+from llamapro.config import LlamaConfig
+from llamapro.model import Block, Llama
+from llamapro.model_files import (
+    COMPANIONS,
+    CheckpointError,
+    check_name,
+    companions,
+    file_in,
+    locate,
+    parse_config,
+    read_object,
+)
+from llamapro.storage import new_directory, one_line, shown, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -21,14 +34,18 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# The parts of a block's fused matrices, rows after rows.
+PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
+}
 # Some old files carry these; they follow from the configuration.
 DERIVED = ("rotary_emb.inv_freq",)
-
-
-class CheckpointError(ValueError):
-    """A model directory is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +85,13 @@ class Checkpoint:
     """A model directory opened for reading: configuration and tensor headers, checked."""
 
     def __init__(self, path):
-        self.path = _resolve(path, ["*.safetensors", *COMPANIONS])
-        self.config = _parse_config(self.path)
+        self.path = locate(path, ["*.safetensors", INDEX, "config.json", *COMPANIONS])
+        self.config = parse_config(self.path)
+        companions(self.path)  # checked now: they are copied when a run of hours has ended
+        self.files = self._files()
         self.tensors: dict[str, TensorEntry] = {}
         self._open_file: tuple[Path, object] | None = None
-        for file in self._files():
+        for file in self.files:
             self._read_header(file)
         self._check_layout()
 
@@ -81,25 +100,29 @@ class Checkpoint:
         return main_dtype(self.tensors.values())
 
     def _files(self) -> list[Path]:
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        elif (self.path / "model.safetensors").exists():
-            names = ["model.safetensors"]
-        else:
-            pickles = [p.name for p in self.path.glob("*.bin")] + [
-                p.name for p in self.path.glob("*.pt*")
-            ]
-            got = f"pickled weights {pickles}, which are refused" if pickles else "neither"
-            raise CheckpointError(
-                f"{self.path}: model.safetensors or its index expected, got {got}"
-            )
+        names = self._file_names()
         missing = [name for name in names if not (self.path / name).exists()]
         if missing:
             raise CheckpointError(
-                f"{self.path}: the index names {len(names)} shards, missing: {missing}"
+                f"{self.path}: the index names {len(names)} shards, missing: {shown(missing)}"
             )
-        return [self.path / name for name in names]
+        return [file_in(self.path, name) for name in names]
+
+    def _file_names(self) -> list[str]:
+        if os.path.lexists(self.path / INDEX):
+            where = read_object(self.path, INDEX).get("weight_map")
+            if not isinstance(where, dict) or not where:
+                raise CheckpointError(
+                    f"{self.path / INDEX}: a weight_map expected, got {shown(where)}"
+                )
+            for name in where.values():
+                check_name(self.path, name)
+            return sorted(set(where.values()))
+        if os.path.lexists(self.path / "model.safetensors"):
+            return ["model.safetensors"]
+        pickles = [file.name for kind in ("*.bin", "*.pt*") for file in self.path.glob(kind)]
+        got = f"pickled weights {shown(pickles)}, which are refused" if pickles else "neither"
+        raise CheckpointError(f"{self.path}: model.safetensors or its index expected, got {got}")
 
     def _read_header(self, file: Path) -> None:
         try:
@@ -119,27 +142,34 @@ class Checkpoint:
                     )
         except SafetensorError as error:
             raise CheckpointError(
-                f"{file}: truncated or not safetensors, {file.stat().st_size} bytes: {error}"
+                f"{file}: truncated or not safetensors, {file.stat().st_size} bytes:"
+                f" {one_line(error)}"
             ) from None
 
     def _check_layout(self) -> None:
+        layers = {match[1] for match in map(LAYER.fullmatch, self.tensors) if match}
+        if len(layers) != self.config.num_hidden_layers:  # before as many names are made
+            raise CheckpointError(
+                f"{self.path}: num_hidden_layers = {len(layers)} expected, as in the weights;"
+                f" config.json says {self.config.num_hidden_layers}"
+            )
         if self.config.tie_word_embeddings:
             self._drop_second_name()
-        with torch.device("meta"):
-            expected = stock_tensors(Llama(self.config))
+        expected = stock_shapes(self.config)
         missing = sorted(expected.keys() - self.tensors.keys())
         extra = sorted(
             name for name in self.tensors.keys() - expected.keys() if not name.endswith(DERIVED)
         )
         wrong = [
-            f"{name} {self.tensors[name].shape}, expected {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in self.tensors and self.tensors[name].shape != tuple(tensor.shape)
+            f"{name} {self.tensors[name].shape}, expected {shape}"
+            for name, shape in expected.items()
+            if name in self.tensors and self.tensors[name].shape != shape
         ]
         for what, names in (("missing", missing), ("unexpected", extra), ("wrong shapes", wrong)):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                raise CheckpointError(f"{self.path}: {what}: {', '.join(names[:5])}{more}")
+                listed = ", ".join(map(shown, names[:5]))
+                raise CheckpointError(f"{self.path}: {what}: {listed}{more}")
 
     def _drop_second_name(self) -> None:
         """Some files hold the one tied matrix under both names."""
@@ -213,7 +243,7 @@ def write_model(
     """Fill an empty directory: config.json, weights, and companions copied from `files_from`."""
     dtype = str(main_dtype(entries)).removeprefix("torch.")
     raw = {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    write_json(directory / "config.json", raw)
     for file in companions(Path(files_from)) if files_from else []:
         shutil.copyfile(file, directory / file.name)
     shards = _shards(entries, max_shard_bytes)
@@ -225,17 +255,7 @@ def write_model(
         where = {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard}
         total = sum(entry.nbytes for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def companions(directory: Path) -> list[Path]:
-    """The tokenizer, chat template and generation files of a model directory."""
-    return [
-        file
-        for pattern in COMPANIONS
-        for file in sorted(directory.glob(pattern))
-        if file.name != "config.json" and not file.name.endswith(".index.json")
-    ]
+        write_json(directory / INDEX, index)
 
 
 def write_safetensors(path: Path, entries: Iterable[TensorEntry]) -> None:
@@ -275,23 +295,51 @@ def stock_tensors(model: Llama) -> dict[str, torch.Tensor]:
 
 def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, torch.Tensor]:
     """A block's tensors under their stock names."""
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    parts = (
-        (block.qkv, "self_attn", ("q_proj", "k_proj", "v_proj"), (queries, keys, keys)),
-        (block.o_proj, "self_attn", ("o_proj",), (config.hidden_size,)),
-        (block.gate_up, "mlp", ("gate_proj", "up_proj"), (config.intermediate_size,) * 2),
-        (block.down_proj, "mlp", ("down_proj",), (config.hidden_size,)),
-    )
+    shapes = block_shapes(config)
     tensors = {
         f"{prefix}input_layernorm.weight": block.attention_norm,
         f"{prefix}post_attention_layernorm.weight": block.mlp_norm,
     }
-    for linear, owner, names, rows in parts:
-        for kind, parameter in linear.named_parameters():
+    for matrix, names in PARTS.items():
+        rows = [shapes[f"{name}.weight"][0] for name in names]
+        for kind, parameter in getattr(block, matrix).named_parameters():
             pieces = zip(names, parameter.split(rows), strict=True)
-            tensors |= {f"{prefix}{owner}.{name}.{kind}": piece for name, piece in pieces}
+            tensors |= {f"{prefix}{name}.{kind}": piece for name, piece in pieces}
     return tensors
+
+
+def stock_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Stock names and shapes of a whole model, by arithmetic alone: no model is built."""
+    table = (config.vocab_size, config.hidden_size)
+    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = table
+    block = block_shapes(config)
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Stock names, without the block's, and shapes of a block's tensors."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    matrices = {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    shapes = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    for name, shape in matrices.items():
+        shapes[f"{name}.weight"] = shape
+        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+            shapes[f"{name}.bias"] = shape[:1]
+    return shapes
 
 
 def _shards(entries: list[TensorEntry], max_bytes: int) -> list[list[TensorEntry]]:
@@ -303,45 +351,3 @@ def _shards(entries: list[TensorEntry], max_bytes: int) -> list[list[TensorEntry
         shards[-1].append(entry)
         size += entry.nbytes
     return shards
-
-
-def read_config(path) -> LlamaConfig:
-    """The configuration of a model directory or Hub name; no weight is looked at."""
-    return _parse_config(_resolve(path, ["config.json"]))
-
-
-def _parse_config(directory: Path) -> LlamaConfig:
-    raw = _read_json(directory / "config.json")
-    try:
-        return LlamaConfig.from_dict(raw)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory}/config.json: {error}") from None
-
-
-def _resolve(path, patterns: list[str]) -> Path:
-    """A local directory as it is; "owner/name" from the Hub, when huggingface_hub is there."""
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if directory.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"{path}: a model directory expected, got no such directory")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: neither a directory here nor a model that the Hub gave: {error}"
-        ) from error
-
-
-def _read_json(path: Path) -> dict:
-    if not path.exists():
-        raise CheckpointError(f"{path.parent}: not a Hugging Face model, it has no {path.name}")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object expected, got {type(value).__name__}")
-    return value

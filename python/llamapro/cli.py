@@ -19,10 +19,11 @@ import torch
 
 from llamapro import data, expansion, planner
 from llamapro import report as report_module
-from llamapro.checkpoint import read_config
 from llamapro.evaluate import perplexity, spread
 from llamapro.hardware import matmul_rate, pick_device, pick_dtype
 from llamapro.model import Llama
+from llamapro.model_files import read_config
+from llamapro.storage import one_line
 from llamapro.train import DTYPES, Interrupted, TrainConfig
 from llamapro.train import train as run_training
 
@@ -230,9 +231,9 @@ def said_in_one_line():
         print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, ArithmeticError, IndexError) as error:
-        sys.exit(f"llamapro: {error}")
+        sys.exit(f"llamapro: {one_line(error)}")
     except MemoryError as error:
-        sys.exit(f"llamapro: out of memory {error}")
+        sys.exit(f"llamapro: out of memory {one_line(error)}")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -16,8 +16,10 @@ import torch
 
 import llamapro_kernels as lk
 from llamapro import checkpoint
-from llamapro.checkpoint import Checkpoint, TensorEntry
-from llamapro.model import Llama, LlamaConfig, rope_table
+from llamapro.checkpoint import LAYER, Checkpoint, TensorEntry
+from llamapro.config import LlamaConfig
+from llamapro.model import Llama, rope_table
+from llamapro.model_files import CheckpointError, encode, load_tokenizer
 from llamapro.storage import new_directory
 
 log = logging.getLogger("llamapro")
@@ -28,7 +30,6 @@ PROOF_TEXT = (
     "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n"
     "    return a\n"
 )
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _ZEROED = re.compile(r"(self_attn\.o_proj|mlp\.down_proj)\.(weight|bias)")
 
 
@@ -189,7 +190,7 @@ def expand_checkpoint(
     slots = place_blocks(source.config.num_hidden_layers, new_blocks, placement, per_group)
     config = expanded_config(source.config, slots, Path(base).resolve().name, keep_new)
     entries = _expanded_entries(source, slots)
-    largest = max(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    largest = max(file.stat().st_size for file in source.files)
     with new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
         checkpoint.write_model(
             directory, config, entries, files_from=source.path, max_shard_bytes=largest
@@ -203,7 +204,7 @@ def _expanded_entries(source: Checkpoint, slots: list[Slot]) -> list[TensorEntry
     by_block: dict[int, list[tuple[str, TensorEntry]]] = {}
     outside = []
     for entry in source.tensors.values():
-        match = _LAYER.fullmatch(entry.name)
+        match = LAYER.fullmatch(entry.name)
         if match:
             by_block.setdefault(int(match[1]), []).append((match[2], entry))
         else:
@@ -265,11 +266,16 @@ def _compare(x: torch.Tensor, y: torch.Tensor, where: str) -> None:
 
 def _proof_tokens(base: Checkpoint) -> torch.Tensor:
     """Real text where the directory has a tokenizer, otherwise ids spread over the vocabulary."""
+    config = base.config
     try:
-        from llamapro.data import load_tokenizer
-
-        ids = load_tokenizer(base.path).encode(PROOF_TEXT).ids
+        ids = encode(load_tokenizer(base.path), PROOF_TEXT)
     except (ImportError, FileNotFoundError):
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(base.config.vocab_size, (64,), generator=generator).tolist()
+        ids = torch.randint(config.vocab_size, (64,), generator=generator).tolist()
+    if not ids or max(ids) >= config.vocab_size:
+        got = f"up to {max(ids)}" if ids else "none"
+        raise CheckpointError(
+            f"{base.path}/tokenizer.json: ids below vocab_size = {config.vocab_size} expected for"
+            f" the proof's text, got {got}"
+        )
     return torch.tensor([ids])

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from llamapro.checkpoint import Checkpoint
-from llamapro.data import Rows, load_tokenizer, load_tokens
+from llamapro.data import Rows, load_tokens
 from llamapro.evaluate import perplexity
 from llamapro.hardware import pick_device
 from llamapro.model import Llama
+from llamapro.model_files import encode, load_tokenizer
 from llamapro.planner import table
-from llamapro.storage import new_directory
+from llamapro.storage import new_directory, read_json
 from llamapro.train import TrainConfig
 
 NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"}
@@ -46,13 +47,14 @@ def report(
             final = run["path"] / "final"
             rows.append({"name": name, **run, "path": final, **_measure(final, *how)})
         _draw(rows, directory / "report.png")
-        (directory / "report.md").write_text(_page(rows, max_tokens, prompt, notes))
+        page = _page(rows, max_tokens, prompt, notes)
+        (directory / "report.md").write_text(page, encoding="utf-8")
     return Path(out) / "report.md"
 
 
 def frozen_verdict(run: Path) -> str:
     """Compare, byte by byte, the frozen tensors of a run's model before and after."""
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     if config["trainable"] == "all":
         return "nothing frozen"
     before, after = Checkpoint(config["model"]), Checkpoint(run / "final")
@@ -71,8 +73,8 @@ def _read_run(path: Path) -> dict:
     if not (path / "summary.json").exists():
         raise FileNotFoundError(f"{path}: a finished run expected, got no summary.json")
     try:
-        summary = json.loads((path / "summary.json").read_text())
-        lines = (path / "metrics.jsonl").read_text().splitlines()
+        summary = read_json(path / "summary.json")
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"{path}: a finished run's JSON expected, got {error}") from None
@@ -131,7 +133,7 @@ def encode_prompt(model_path, prompt: str):
     except UnicodeEncodeError as error:
         raise ValueError(f"a prompt in UTF-8 expected, got {prompt!r}: {error}") from None
     tokenizer = load_tokenizer(model_path)
-    ids = tokenizer.encode(prompt).ids
+    ids = encode(tokenizer, prompt)
     if not ids:
         raise ValueError(f"a prompt of at least one token expected, got {prompt!r}")
     return tokenizer, ids

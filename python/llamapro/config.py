@@ -1,0 +1,206 @@
+"""A Llama's configuration, as config.json has it: checked, because files come from anywhere."""
+
+from dataclasses import Field, dataclass, field, fields
+
+from llamapro.storage import shown
+
+# The rotary embeddings served here, and the settings that each needs.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+# Settings of config.json that would change the mathematics, and the only value served here.
+FIXED_SETTINGS = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "quantization_config": None,
+    "sliding_window": None,
+}
+LARGEST = 2**31 - 1
+LARGEST_FLOAT = 1e38  # of fp32, in which positions are rotated
+# The numbers that a setting may have, first and last; those of other sizes are 1 to LARGEST.
+RANGES = {
+    "num_hidden_layers": (1, 1000),  # eight times the deepest Llama
+    "bos_token_id": (-1, LARGEST),
+    "eos_token_id": (-1, LARGEST),
+    "rms_norm_eps": (0, LARGEST_FLOAT),
+    "rope_theta": (1e-38, LARGEST_FLOAT),
+    "initializer_range": (0, LARGEST_FLOAT),
+}
+
+
+@dataclass
+class LlamaConfig:
+    """A Llama's shape, under the names and with the defaults of Hugging Face's config.json.
+
+    `num_key_value_heads` and `head_dim` follow from the others when None. `rope_scaling` holds
+    "rope_type" (default, linear or llama3) and its settings. `llama_pro` records block expansion:
+    {"new_blocks": positions, "base_blocks": count, "base": name}. `other` keeps every further
+    field of a file that was read, and is written back unchanged.
+    Raises ValueError for what this model does not compute.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    llama_pro: dict | None = None
+    other: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            _check_kind(setting, value)
+            for number in filter(_is_number, value if isinstance(value, list) else [value]):
+                _check_range(setting.name, number)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, at least 2, got {self.head_dim}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads},"
+                f" got {self.num_key_value_heads}"
+            )
+        self._check_rope()
+        self._check_new_blocks()
+
+    def _check_rope(self):
+        scaling = self.rope_scaling or {}
+        rope_type = scaling.get("rope_type", "default")
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+            served = tuple(ROPE_TYPES)
+            raise ValueError(f"rope type must be one of {served}, got {shown(rope_type)}")
+        for name in ROPE_TYPES[rope_type]:
+            value = scaling.get(name)
+            if not _is_number(value) or not 0 < value <= LARGEST_FLOAT:
+                raise ValueError(f"{rope_type} rope needs a positive {name}, got {shown(value)}")
+        if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            raise ValueError(
+                "llama3 rope needs a high_freq_factor above low_freq_factor ="
+                f" {scaling['low_freq_factor']}, got {scaling['high_freq_factor']}"
+            )
+
+    def _check_new_blocks(self):
+        new = (self.llama_pro or {}).get("new_blocks", [])
+        fits = _are_whole(new) and all(0 <= i < self.num_hidden_layers for i in new)
+        if not fits or len(set(new)) < len(new):
+            raise ValueError(
+                f"llama_pro.new_blocks must be distinct positions below num_hidden_layers ="
+                f" {self.num_hidden_layers}, got {shown(new)}"
+            )
+
+    @property
+    def new_blocks(self) -> list[int]:
+        """Positions of the blocks that expansion added; empty for a base model."""
+        return list((self.llama_pro or {}).get("new_blocks", []))
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "LlamaConfig":
+        """From config.json of transformers 4 or 5. Refuses, by name, what is not a plain Llama."""
+        if raw.get("model_type") != "llama":
+            raise ValueError(f"model_type 'llama' expected, got {shown(raw.get('model_type'))}")
+        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+        if architectures != ["LlamaForCausalLM"]:
+            raise ValueError(f"architecture LlamaForCausalLM expected, got {shown(architectures)}")
+        for name, served in FIXED_SETTINGS.items():
+            if (raw.get(name) or served) != served:
+                raise ValueError(f"{name} must be {served!r}, got {shown(raw[name])}")
+        layers = raw.get("layer_types") or []
+        if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+            raise ValueError(f"layer_types must be full_attention, got {shown(layers)}")
+        raw = _with_one_rope(raw)
+        known = {f.name for f in fields(cls)} - {"other"}
+        present = {name: value for name, value in raw.items() if value is not None}
+        return cls(
+            **{name: value for name, value in present.items() if name in known},
+            other={name: value for name, value in raw.items() if name not in known},
+        )
+
+    def to_dict(self) -> dict:
+        """For config.json: every field, rope in the form of transformers 4 and of 5."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "other"}
+        if self.llama_pro is None:
+            own.pop("llama_pro")
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            **self.other,
+            **own,
+            "rope_parameters": rope,
+        }
+
+
+def _with_one_rope(raw: dict) -> dict:
+    """rope_theta and rope_scaling: transformers 5 writes rope_parameters instead of both."""
+    raw, rope = dict(raw), {}
+    for name in ("rope_parameters", "rope_scaling"):
+        part = raw.pop(name, None) or {}
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} must be an object, got {shown(part)}")
+        rope |= part
+    old_name = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or old_name or "default"
+    if rope["rope_type"] == "llama3":
+        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    theta = rope.pop("rope_theta", None)
+    raw["rope_theta"] = raw.get("rope_theta") if theta is None else theta
+    raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return raw
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_whole(values) -> bool:
+    return isinstance(values, list) and all(map(_is_whole, values))
+
+
+def _check_kind(setting: Field, value) -> None:
+    whole, missing = _is_whole(value), value is None
+    kinds = {
+        int: ("a whole number", whole),
+        int | None: ("a whole number", whole or missing),
+        int | list[int] | None: ("whole numbers", whole or missing or _are_whole(value)),
+        float: ("a number", _is_number(value)),
+        bool: ("true or false", isinstance(value, bool)),
+        dict: ("an object", isinstance(value, dict)),
+        dict | None: ("an object", isinstance(value, dict) or missing),
+    }
+    expected, fits = kinds[setting.type]
+    if not fits:
+        raise ValueError(f"{setting.name} must be {expected}, got {shown(value)}")
+
+
+def _check_range(name: str, value) -> None:
+    low, high = RANGES.get(name, (1, LARGEST))
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {shown(value)}")

@@ -1,5 +1,8 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -298,6 +301,22 @@ def test_the_digest_names_what_is_missing(token_data):
     (directory / "train.bin").unlink()
     with pytest.raises(DataError, match=r"train\.bin: a token file expected, got none"):
         data.digest(directory)
+
+
+def test_json_is_utf8_whatever_the_locale(token_data, tmp_path):
+    meta = token_data() / "meta.json"
+    text = json.dumps({**json.loads(meta.read_text()), "of": "ä"}, ensure_ascii=False)
+    meta.write_text(text, encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7, "of": "ä"}', encoding="utf-8")
+    code = f"""
+from llamapro import data
+assert len(data.load_tokens({str(meta.parent)!r}, "train", 61)) == 4000
+assert data.digest({str(meta.parent)!r})
+assert data._separator_id(None, {str(tmp_path)!r}, None) == 7
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LC_ALL": "C"}
+    environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_many_tokens_are_sampled_and_verified_when_asked(corpus, tokenizer, tmp_path, monkeypatch):

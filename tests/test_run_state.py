@@ -265,6 +265,16 @@ def test_an_interrupted_run_says_what_is_on_disk(config, at_step, monkeypatch):
     goes_on(config, monkeypatch)
 
 
+def test_an_old_checkpoint_that_stays_stops_nothing(config, monkeypatch, caplog):
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    train(replace(config, checkpoint_every=5))
+    assert saved(config) == ["step-00000015", "step-00000020"]
+    assert "an old checkpoint could not be removed: [Errno 13]" in caplog.text
+
+
 def test_a_checkpoint_is_not_half_removed(config, monkeypatch):
     """One that is dropped has another name before its first file is gone."""
     remove = shutil.rmtree

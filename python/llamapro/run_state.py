@@ -90,9 +90,7 @@ class Run:
             storage.write_json(directory / "state.json", {**state, "digest": _digest(state)})
             checkpoint.write_safetensors(directory / "state.safetensors", entries)
         for old in checkpoints(self.path)[:-KEPT]:
-            partial = old.with_name(f".{old.name}.partial")  # half of one must not look whole
-            os.rename(old, partial)
-            shutil.rmtree(partial)
+            _remove(old)
 
     def restore(self) -> int:
         """Go back to the newest checkpoint and return its step; 0 when there is none.
@@ -215,6 +213,16 @@ def checkpoints(run) -> list[Path]:
     return sorted(folder for folder in folders if folder.is_dir())
 
 
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, of which half must not look whole; one that stays is said."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        os.rename(folder, partial)
+        shutil.rmtree(partial)
+    except OSError as error:
+        log.warning("an old checkpoint could not be removed: %s", error)
+
+
 def _read(saved: list[Path], shapes: dict[str, tuple]) -> tuple[dict, dict[str, torch.Tensor]]:
     """The newest checkpoint's state and tensors, which must have these names and shapes, in fp32,
     and the digests that were taken when they were saved."""
@@ -244,7 +252,7 @@ def _check_digest(state) -> None:
         raise ValueError(f"state.json: an object expected, got {type(state).__name__}")
     said, got = state.get("digest"), _digest({k: v for k, v in state.items() if k != "digest"})
     if said != got:
-        raise ValueError(f"state.json: the digest {said} expected, got {got}")
+        raise ValueError(f"state.json: the digest {got} expected, got {said}")
 
 
 def _digest(state: dict) -> str:

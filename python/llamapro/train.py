@@ -183,6 +183,7 @@ def _run_steps(run, rows, heldout, step, progress, stop) -> None:
 
 
 def _save(run, step: int, last: bool, stop: list) -> None:
+    """Write a checkpoint; a run that was stopped says so even where it cannot be written."""
     try:
         run.save(step, last=last)
     except OSError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from llamapro import checkpoint, metrics, run_state
+from llamapro import checkpoint, evaluate, metrics, run_state
 from llamapro import train as module
 from llamapro.checkpoint import CheckpointError
 from llamapro.optimizer import Optimizer
@@ -68,6 +68,25 @@ def test_a_frozen_tensor_that_changed_reaches_no_checkpoint(config, at_step, mon
     with pytest.raises(RuntimeError, match=message):
         train(config)
     assert saved(config) == ["step-00000010"]
+    goes_on(config, monkeypatch)
+
+
+def test_an_evaluation_of_what_changed_is_no_result(config, monkeypatch):
+    """The last one, after the last checkpoint; it is made again."""
+    config = replace(config, eval_every=100)
+    evaluated = []
+
+    def perplexity(model, *rest):
+        evaluated.append(rest)
+        if len(evaluated) == 2:
+            model.norm.data[0] = 9.0
+        return evaluate.perplexity(model, *rest)
+
+    monkeypatch.setattr(module, "perplexity", perplexity)
+    with pytest.raises(RuntimeError, match=r"step 20: .* changed: model\.norm\.weight"):
+        train(config)
+    assert list(records(config, "perplexity")) == [0, 20]
+    assert not (Path(config.out) / "final").exists()
     goes_on(config, monkeypatch)
 
 

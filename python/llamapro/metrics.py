@@ -72,9 +72,14 @@ class Metrics:
         return [*self.evaluations, *self.recent]
 
     def restore(self, step: int, carried: list[dict]) -> None:
-        """Drop what comes after `step`, put back what its checkpoint carried, say what is lost."""
+        """Drop what comes after `step`, put back what its checkpoint carried, say what is lost.
+
+        An evaluation that it did not carry is dropped too, and can be made again: nothing has
+        proven the model that was evaluated.
+        """
         found = {_place(record): record for record in self.read() if record["step"] <= step}
         wrong = sum(found.get(_place(record)) != record for record in carried)
+        found = {place: record for place, record in found.items() if "loss" in record}
         found |= {_place(record): record for record in carried}
         missing = sum((number, False) not in found for number in range(1, step + 1))
         if wrong or missing:

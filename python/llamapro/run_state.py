@@ -69,9 +69,7 @@ class Run:
         Raises RuntimeError when what is frozen has changed, FloatingPointError for a master or a
         moment that is not finite, and OSError when it cannot be written.
         """
-        changed = difference(self.frozen, fingerprint(self.model))
-        if changed:
-            raise RuntimeError(f"step {step}: what is frozen changed: {changed}; it was not saved")
+        self._check_frozen(step)
         self.optimizer.check_finite(step)
         tensors = self.optimizer.state()
         entries = checkpoint.entries_of(tensors)
@@ -125,6 +123,7 @@ class Run:
         """Write the final model and the summary, which is returned."""
         if (self.path / "summary.json").exists():
             return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        self._check_frozen(self.config.steps)  # again: the last evaluation may have come since
         self.metrics.flush()
         final, model = self.path / "final", self.model
         if not final.exists():
@@ -146,6 +145,11 @@ class Run:
         }
         storage.write_json(self.path / "summary.json", summary)
         return summary
+
+    def _check_frozen(self, step: int) -> None:
+        changed = difference(self.frozen, fingerprint(self.model))
+        if changed:
+            raise RuntimeError(f"step {step}: what is frozen changed: {changed}; it was not saved")
 
 
 @contextmanager

@@ -5,8 +5,9 @@ os.environ.setdefault("LLAMAPRO_TRITON", "1")  # test_aot compiles the kernels w
 import numpy as np
 import pytest
 import torch
-from llamapro import Llama, LlamaConfig
+from llamapro import Llama, LlamaConfig, expand
 from llamapro.storage import write_json
+from llamapro.train import TrainConfig
 
 TINY = {
     "vocab_size": 61,
@@ -54,6 +55,27 @@ def token_data(tmp_path):
         return directory
 
     return build
+
+
+@pytest.fixture
+def config(tiny, token_data, tmp_path):
+    """A run of 20 steps on an expanded tiny bf16 model."""
+    model = expand(tiny(), new_blocks=2).to(torch.bfloat16)
+    return TrainConfig(
+        model=str(model.save_pretrained(tmp_path / "expanded")),
+        data=str(token_data()),
+        out=str(tmp_path / "run"),
+        steps=20,
+        batch_size=2,
+        accumulation=2,
+        seq_len=16,
+        learning_rate=1e-2,
+        dtype="bfloat16",
+        device="cpu",
+        eval_every=10,
+        eval_tokens=64,
+        checkpoint_every=10,
+    )
 
 
 @pytest.fixture(scope="session")

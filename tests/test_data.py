@@ -1,5 +1,8 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import torch
 from llamapro import data
 from llamapro.data import DataError, Rows, load_tokenizer, load_tokens, prepare
 from llamapro.evaluate import perplexity, spread
+from run_files import flip
 
 
 @pytest.fixture
@@ -266,16 +270,71 @@ def test_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch, size):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_the_digest_is_that_of_the_tokens(corpus, tokenizer, tmp_path, token_data):
-    for name, pattern in (("a", "*.py"), ("b", "*.py"), ("c", "*")):
-        prepare([corpus], tokenizer, tmp_path / name, pattern=pattern)
-    a, b, c = (data.digest(tmp_path / name) for name in "abc")
-    tokens = b"".join(
-        (tmp_path / "a" / f"{part}.bin").read_bytes() for part in ("train", "heldout")
-    )
-    assert a == hashlib.blake2b(tokens, digest_size=16).hexdigest()
-    assert a == b != c
-    assert data.digest(token_data()) == ""
+def prepared(corpus, tokenizer, out):
+    """A data directory, its meta.json, and the hash of its token files."""
+    meta = prepare([corpus], tokenizer, out)
+    tokens = b"".join((out / f"{part}.bin").read_bytes() for part in ("train", "heldout"))
+    return out, meta, hashlib.blake2b(tokens, digest_size=16).hexdigest()
+
+
+def test_the_digest_is_that_of_the_tokens(corpus, tokenizer, tmp_path):
+    out, meta, hashed = prepared(corpus, tokenizer, tmp_path / "a")
+    assert meta["digest"] == hashed and data.digest(out).endswith(hashed)
+    again, _, _ = prepared(corpus, tokenizer, tmp_path / "b")
+    assert data.digest(again) == data.digest(out)
+    prepare([corpus], tokenizer, tmp_path / "c", pattern="*.py")
+    assert data.digest(tmp_path / "c") != data.digest(out)
+
+
+def test_tokens_that_were_rewritten_are_refused(corpus, tokenizer, tmp_path):
+    out, meta, hashed = prepared(corpus, tokenizer, tmp_path / "a")
+    flip(out / "heldout.bin", 0)
+    with pytest.raises(DataError, match=f"a: train.bin .* the digest {hashed} of meta"):
+        data.digest(out)
+    del meta["digest"]  # as before there was one
+    (out / "meta.json").write_text(json.dumps(meta))
+    assert data.digest(out)
+
+
+def test_the_digest_names_what_is_missing(token_data):
+    directory = token_data()
+    (directory / "train.bin").unlink()
+    with pytest.raises(DataError, match=r"train\.bin: a token file expected, got none"):
+        data.digest(directory)
+
+
+def test_json_is_utf8_whatever_the_locale(token_data, tmp_path):
+    meta = token_data() / "meta.json"
+    text = json.dumps({**json.loads(meta.read_text()), "of": "ä"}, ensure_ascii=False)
+    meta.write_text(text, encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7, "of": "ä"}', encoding="utf-8")
+    code = f"""
+from llamapro import data
+assert len(data.load_tokens({str(meta.parent)!r}, "train", 61)) == 4000
+assert data.digest({str(meta.parent)!r})
+assert data._separator_id(None, {str(tmp_path)!r}, None) == 7
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LC_ALL": "C"}
+    environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_many_tokens_are_sampled_and_verified_when_asked(corpus, tokenizer, tmp_path, monkeypatch):
+    """Blocks at both ends are among them; what lies between them is seen by `verify` alone."""
+    for name, value in {"WHOLE": 1000, "BLOCKS": 3, "BLOCK": 8}.items():
+        monkeypatch.setattr(data, name, value)
+    out, _, hashed = prepared(corpus, tokenizer, tmp_path / "a")
+    before, size = data.digest(out), (out / "train.bin").stat().st_size
+    assert size > 1000 and not before.endswith(hashed)
+    assert data.digest(out, verify=True) == before
+    for place in (0, size // 2, size - 1):
+        flip(out / "train.bin", place)
+        assert data.digest(out) != before
+        flip(out / "train.bin", place)
+    flip(out / "train.bin", 20)
+    assert data.digest(out) == before
+    with pytest.raises(DataError, match="changed since they were prepared"):
+        data.digest(out, verify=True)
 
 
 def test_a_token_file_without_a_row_is_named(token_data):

@@ -21,6 +21,9 @@ import torch
 from llamapro.storage import new_directory
 
 BATCH = 2**22  # characters that are read or encoded at a time
+WHOLE = 4 * 10**9  # bytes of tokens that are hashed in seconds; of more, blocks
+BLOCKS, BLOCK = 1024, 2**20  # of bytes
+PARTS = ("train", "heldout")
 log = logging.getLogger("llamapro")
 
 
@@ -70,14 +73,48 @@ def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None
             "skipped": skipped,
             **_write(directory, parts, encode, separator_id),
         }
-        (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        text = json.dumps(meta, indent=2) + "\n"
+        (directory / "meta.json").write_text(text, encoding="utf-8")
     return meta
 
 
-def digest(data) -> str:
-    """A hash of a data directory's train.bin and heldout.bin, in this order, from its meta.json;
-    empty for one that was made before there was any."""
-    return json.loads((Path(data) / "meta.json").read_text()).get("digest", "")
+def digest(data, *, verify: bool = False) -> str:
+    """The dtype, sizes and a hash of a data directory's train.bin and heldout.bin, in this order.
+
+    All of them is hashed, or, where that is more than 4 GB, blocks that are evenly spread. Raises
+    DataError when all is hashed, as `verify` asks for whatever the size, and meta.json, unless it
+    was made before it had a digest, has another one.
+    """
+    files = [Path(data) / f"{part}.bin" for part in PARTS]
+    for file in files:
+        if not file.exists():
+            raise DataError(f"{file}: a token file expected, got none")
+    meta = json.loads((Path(data) / "meta.json").read_text(encoding="utf-8"))
+    sizes = [file.stat().st_size for file in files]
+    sampled = sum(sizes) > WHOLE
+    if verify or not sampled:
+        whole = _hash(files)
+        if meta.get("digest", whole) != whole:
+            raise DataError(
+                f"{data}: train.bin and heldout.bin changed since they were prepared: the digest"
+                f" {meta['digest']} of meta.json expected, got {whole}"
+            )
+    return f"{meta['dtype']} {sizes} {_hash(files, BLOCKS) if sampled else whole}"
+
+
+def _hash(files: list[Path], blocks: int | None = None) -> str:
+    """Of these files, one after the other, or of so many blocks of each, from end to end."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for path in files:
+        size = path.stat().st_size
+        places = range(0, size, BLOCK)
+        if blocks is not None:
+            places = [max(0, size - BLOCK) * i // (blocks - 1) for i in range(blocks)]
+        with open(path, "rb") as file:
+            for place in places:
+                file.seek(place)
+                hashed.update(file.read(BLOCK))
+    return hashed.hexdigest()
 
 
 def _files(sources: list[Path], pattern: str) -> dict[Path, bool]:
@@ -178,7 +215,8 @@ def _separator_id(encode, tokenizer, separator: str | None) -> int:
         if token_id is None:
             raise DataError(f"separator {separator!r} is not in the vocabulary")
         return token_id
-    eos = json.loads((Path(tokenizer) / "config.json").read_text()).get("eos_token_id")
+    config = json.loads((Path(tokenizer) / "config.json").read_text(encoding="utf-8"))
+    eos = config.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) else eos
     if eos is None:
         raise DataError(f"{tokenizer}: no eos_token_id in config.json, name a separator")
@@ -241,7 +279,7 @@ def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:
     if not (directory / "meta.json").exists():
         raise DataError(f"{data}: a directory made by `llamapro prepare` expected, no meta.json")
     try:
-        meta = json.loads((directory / "meta.json").read_text())
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         dtype, count = np.dtype(meta["dtype"]), meta["tokens"][part]
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{directory}/meta.json: not by `llamapro prepare`: {error!r}") from None

@@ -1,12 +1,14 @@
 """What the machine at hand can do: device, dtype, measured matmul rate, and memory of a process."""
 
 import ctypes
+import platform
 import re
 import time
 from pathlib import Path
 
 import torch
 
+from llamapro_kernels import __version__, library
 from llamapro_kernels.product import matmul
 
 
@@ -40,6 +42,21 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
         _wait(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / sorted(times[1:])[2]
+
+
+def environment(device: torch.device) -> dict:
+    """What the bits of a result depend on besides the settings of a run."""
+    versions = {"version": __version__, "torch": torch.__version__}
+    if device.type == "cuda":
+        return {**versions, "processor": torch.cuda.get_device_name(device)}
+    threads = torch.get_num_threads()
+    return {**versions, "processor": _cpu(), "build": library.CPU_BUILD, "threads": threads}
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return model[1] if model else platform.machine()
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -102,6 +102,16 @@ class Optimizer:
             for kind, tensor in {"master": master.detach(), **self.moments[name]}.items()
         }
 
+    def check_finite(self, step: int) -> None:
+        """Raise FloatingPointError, and name it, for a master or moment that is not finite."""
+        state = self.state()
+        finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
+        for name, good in zip(state, finite, strict=True):
+            if not good:
+                raise FloatingPointError(
+                    f"step {step}: {name} has values that are not finite; it was not saved"
+                )
+
     def shapes(self) -> dict[str, tuple]:
         """What `state` will hold."""
         return {name: tensor.shape for name, tensor in self.state().items()}

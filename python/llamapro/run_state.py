@@ -2,13 +2,17 @@
 
 run/config.json             the TrainConfig
 run/metrics.jsonl           a line per step and per evaluation
-run/checkpoints/step-*/     masters, AdamW's moments, place and random state; the newest two
+run/checkpoints/step-*/     masters, AdamW's moments, place and random state, what metrics go on
+                            from, and digests of all of it; the newest two
 run/final/                  the trained model, a plain Hugging Face directory
 run/summary.json            what came out
 """
 
 import base64
+import hashlib
 import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,75 +25,111 @@ from safetensors.torch import load_file
 
 from llamapro import checkpoint, storage
 from llamapro.checkpoint import Checkpoint, CheckpointError
+from llamapro.hardware import environment
+from llamapro.metrics import Metrics
+from llamapro.proof import combined, difference, digests, fingerprint
 
 KEPT = 2
-MAY_DIFFER = ("out", "device", "memory")  # settings that a resumed run may change
+RETRIES = 10  # of a checkpoint that could not be written, one after each step
+MAY_DIFFER = ("out", "device", "memory", "verify")  # settings that a resumed run may change
+log = logging.getLogger("llamapro")
 
 
 class Run:
-    """An open run directory."""
+    """An open run directory, and the model that is trained there, not yet changed."""
 
-    def __init__(self, config, frozen: str, data: dict[str, str]):
-        self.config, self.frozen, self.data, self.path = config, frozen, data, Path(config.out)
-        self.metrics = self.path / "metrics.jsonl"
+    def __init__(self, config, model, optimizer, data: dict[str, str]):
+        self.config, self.model, self.optimizer, self.data = config, model, optimizer, data
+        self.path = Path(config.out)
+        self.metrics = Metrics(self.path / "metrics.jsonl")
+        self.frozen = fingerprint(model)
+        self.environment = environment(model.norm.device)
+        self.failures = 0
 
-    def log(self, record: dict, progress=None) -> None:
-        """Append a line to metrics.jsonl; say an evaluation aloud."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        if progress and record.get("perplexity"):
-            values = ", ".join(f"{name} {p:.3f}" for name, p in record["perplexity"].items())
-            progress.say(f"step {record['step']}: held-out perplexity {values}")
+    def save(self, step: int, *, last: bool = False) -> None:
+        """Write a checkpoint, or say why it could not be, for the caller to try after a further
+        step. Raises OSError when it was the last chance, or has failed too often, and as
+        `write_checkpoint`."""
+        try:
+            self.write_checkpoint(step)
+            self.failures = 0
+        except OSError as error:
+            self.failures += 1
+            saved = checkpoints(self.path)
+            newest = f"the newest on disk is {saved[-1].name}" if saved else "there is none on disk"
+            if last or self.failures > RETRIES:
+                raise OSError(
+                    f"no checkpoint of step {step} could be written: {error}; {newest}"
+                ) from None
+            log.warning("no checkpoint of step %d could be written: %s; %s", step, error, newest)
 
-    def records(self, key: str) -> list[dict]:
-        """The lines of metrics.jsonl that have this key."""
-        return [r for r in map(json.loads, self.metrics.read_text().splitlines()) if key in r]
+    def write_checkpoint(self, step: int) -> None:
+        """Write a checkpoint, whole or not at all, then drop all but the newest two.
 
-    def save(self, step: int, optimizer) -> None:
-        """Write a checkpoint, whole or not at all, then drop all but the newest two."""
-        storage.sync(self.metrics)
-        entries = checkpoint.entries_of(optimizer.state())
+        Raises RuntimeError when what is frozen has changed, FloatingPointError for a master or a
+        moment that is not finite, and OSError when it cannot be written.
+        """
+        self._check_frozen(step)
+        self.optimizer.check_finite(step)
+        tensors = self.optimizer.state()
+        entries = checkpoint.entries_of(tensors)
+        state = {
+            "step": step,
+            "frozen": self.frozen,
+            "data": self.data,
+            "environment": self.environment,
+            "metrics": self.metrics.carried(),
+            "tensors": digests(tensors),
+            "random": _random_state(),
+        }
+        self.metrics.sync()
         out = self.path / "checkpoints" / f"step-{step:08d}"
         with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
-            state = {"step": step, "frozen": self.frozen, "data": self.data}
-            state["random"] = _random_state()
-            storage.write_json(directory / "state.json", state)
+            storage.write_json(directory / "state.json", {**state, "digest": _digest(state)})
             checkpoint.write_safetensors(directory / "state.safetensors", entries)
         for old in checkpoints(self.path)[:-KEPT]:
-            shutil.rmtree(old)
+            _remove(old)
 
-    def restore(self, optimizer) -> int:
+    def restore(self) -> int:
         """Go back to the newest checkpoint and return its step; 0 when there is none.
 
-        Raises ValueError when the frozen tensors or the data are not those of the run, and
-        CheckpointError for a damaged checkpoint.
+        Warns when the machine or a version is another. Raises ValueError when what is frozen or
+        the data are not those of the run, and CheckpointError for a damaged checkpoint.
         """
         saved = checkpoints(self.path)
-        step = 0
-        if saved:
-            state, tensors = _read(saved[-1], optimizer.shapes())
-            if state["frozen"] != self.frozen:
-                raise ValueError(
-                    f"{self.config.model}: frozen tensors differ from those of the run"
-                )
-            for name, digest in state.get("data", self.data).items():
-                if self.data[name] != digest:
-                    raise ValueError(f"the data of {name!r} differ from those of the run")
-            step = state["step"]
-            optimizer.load_state(tensors, step)
-            _set_random_state(state["random"])
-        self._forget_after(step, keep_evaluation=bool(saved))
-        return step
+        if not saved:
+            self.metrics.restore(-1, [])
+            return 0
+        state, tensors = _read(saved, self.optimizer.shapes())
+        changed = difference(state["frozen"], self.frozen)
+        if changed:
+            raise ValueError(f"{self.config.model} differs from the run's: {changed}")
+        for name, digest in state["data"].items():
+            if self.data[name] != digest:
+                raise ValueError(f"the data of {name!r} differ from those of the run")
+        changed = [
+            f"{name} was {state['environment'].get(name)}, is {now}"
+            for name, now in self.environment.items()
+            if state["environment"].get(name) != now
+        ]
+        if changed:
+            log.warning("resumed: %s, so the bits may differ", ", ".join(changed))
+        self.optimizer.load_state(tensors, state["step"])
+        _set_random_state(state["random"])
+        self.metrics.restore(state["step"], state["metrics"])
+        return state["step"]
 
-    def finish(self, model, peak_memory: int) -> dict:
+    def finish(self, peak_memory: int) -> dict:
         """Write the final model and the summary, which is returned."""
         if (self.path / "summary.json").exists():
-            return json.loads((self.path / "summary.json").read_text())
-        final = self.path / "final"
+            return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        self._check_frozen(self.config.steps)  # again: the last evaluation may have come since
+        self.metrics.flush()
+        final, model = self.path / "final", self.model
         if not final.exists():
             save_trained(model, Checkpoint(self.config.model), final)
-        evaluations = self.records("perplexity")
-        rates = sorted(r["tokens_per_second"] for r in self.records("loss"))
+        evaluations = self.metrics.evaluations
+        rates = sorted(r["tokens_per_second"] for r in self.metrics.read() if "loss" in r)
         summary = {
             "config": asdict(self.config),
             "dtype": str(model.norm.dtype).removeprefix("torch."),
@@ -98,27 +138,26 @@ class Run:
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "tokens_per_second": rates[len(rates) // 2],
             "peak_memory_bytes": peak_memory,
-            "frozen_fingerprint": self.frozen,
+            "frozen_fingerprint": combined(self.frozen),
+            "environment": self.environment,
             "perplexity_before": evaluations[0]["perplexity"],
             "perplexity_after": evaluations[-1]["perplexity"],
         }
         storage.write_json(self.path / "summary.json", summary)
         return summary
 
-    def _forget_after(self, step: int, keep_evaluation: bool) -> None:
-        """Drop metrics of steps that will be taken again."""
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # not one cut short by a crash
-        kept = [line for line in whole if keep_evaluation and json.loads(line)["step"] <= step]
-        storage.write_text(self.metrics, "".join(kept))
+    def _check_frozen(self, step: int) -> None:
+        changed = difference(self.frozen, fingerprint(self.model))
+        if changed:
+            raise RuntimeError(f"step {step}: what is frozen changed: {changed}; it was not saved")
 
 
 @contextmanager
-def open_run(config, frozen: str, data: dict[str, str], *, resume: bool) -> Iterator[Run]:
+def open_run(config, model, optimizer, data: dict[str, str], *, resume: bool) -> Iterator[Run]:
     """A new run directory, or one that exists when `resume`.
 
-    frozen: a hash of the frozen tensors. data: one of each set's tokens, by name. Raises
-    FileExistsError, and BlockingIOError when another process works on the run.
+    data: a digest of each set's tokens, by name. Raises FileExistsError, and BlockingIOError when
+    another process works on the run.
     """
     path = Path(config.out)
     if not resume:
@@ -127,7 +166,7 @@ def open_run(config, frozen: str, data: dict[str, str], *, resume: bool) -> Iter
     with storage.lock(path):
         for partial in (path / "checkpoints").glob(".*.partial"):
             shutil.rmtree(partial)
-        yield Run(config, frozen, data)
+        yield Run(config, model, optimizer, data)
 
 
 def settings(run) -> dict:
@@ -136,7 +175,7 @@ def settings(run) -> dict:
     if not file.exists():
         raise FileNotFoundError(f"{run}: a run to resume expected, got no config.json")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: the settings of a run expected, got no JSON: {error}") from None
     if not {"model", "data", "evaluate", "dtype"} <= set(config):
@@ -178,10 +217,23 @@ def checkpoints(run) -> list[Path]:
     return sorted(folder for folder in folders if folder.is_dir())
 
 
-def _read(folder: Path, shapes: dict[str, tuple]) -> tuple[dict, dict[str, torch.Tensor]]:
-    """A checkpoint's state and tensors, which must have these names and shapes, in fp32."""
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, of which half must not look whole; one that stays is said."""
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        state = json.loads((folder / "state.json").read_text())
+        os.rename(folder, partial)
+        shutil.rmtree(partial)
+    except OSError as error:
+        log.warning("an old checkpoint could not be removed: %s", error)
+
+
+def _read(saved: list[Path], shapes: dict[str, tuple]) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The newest checkpoint's state and tensors, which must have these names and shapes, in fp32,
+    and the digests that were taken when they were saved."""
+    folder = saved[-1]
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        _check_digest(state)
         tensors = load_file(folder / "state.safetensors")
         expected = {name: (tuple(shape), torch.float32) for name, shape in shapes.items()}
         got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -189,11 +241,27 @@ def _read(folder: Path, shapes: dict[str, tuple]) -> tuple[dict, dict[str, torch
         if wrong:
             name = wrong[0]
             raise ValueError(f"{name}: {expected.get(name)} expected, got {got.get(name)}")
+        changed = difference(state["tensors"], digests(tensors))
+        if changed:
+            raise ValueError(f"state.safetensors: the digest of {changed}")
         return state, tensors
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} is damaged: {error}; remove it to go on from an earlier one"
-        ) from None
+        instead = f"go on from {saved[-2].name}" if len(saved) > 1 else "start anew"
+        raise CheckpointError(f"{folder} is damaged: {error}; remove it to {instead}") from None
+
+
+def _check_digest(state) -> None:
+    """Raise ValueError unless this is what `write_checkpoint` wrote."""
+    if not isinstance(state, dict):
+        raise ValueError(f"state.json: an object expected, got {type(state).__name__}")
+    said, got = state.get("digest"), _digest({k: v for k, v in state.items() if k != "digest"})
+    if said != got:
+        raise ValueError(f"state.json: the digest {got} expected, got {said}")
+
+
+def _digest(state: dict) -> str:
+    text = json.dumps(state, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def save_trained(model, base: Checkpoint, out: Path) -> None:

@@ -1,13 +1,8 @@
 """The lean loop: post-pre-training of the new blocks, or of everything, with exact resume."""
 
-import hashlib
 import logging
 import math
-import signal
-import sys
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +10,7 @@ from typing import Literal
 import torch
 
 from llamapro import planner, run_state
-from llamapro.checkpoint import Checkpoint, stock_tensors
+from llamapro.checkpoint import Checkpoint
 from llamapro.data import Rows, digest, load_tokens
 from llamapro.evaluate import perplexity
 from llamapro.hardware import (
@@ -28,6 +23,7 @@ from llamapro.hardware import (
 from llamapro.model import Llama, LlamaConfig
 from llamapro.optimizer import Optimizer
 from llamapro.progress import Progress
+from llamapro.stopping import Interrupted, asked_to_stop
 
 log = logging.getLogger("llamapro")
 
@@ -84,6 +80,8 @@ class TrainConfig:
     """Of each held-out set."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    verify: bool = False
+    """Hash all of the tokens at the start, also beyond 4 GB, where a sample is hashed otherwise."""
 
     def __post_init__(self):
         for name, allowed in (("trainable", TRAINABLE), ("dtype", DTYPES)):
@@ -107,10 +105,6 @@ class TrainConfig:
             raise ValueError("the held-out set 'domain' is that of data; name the further one else")
 
 
-class Interrupted(RuntimeError):
-    """The run was stopped by Ctrl-C or SIGTERM; its state is in a checkpoint."""
-
-
 def train(config: TrainConfig, *, resume: bool = False) -> dict:
     """Train and return the summary that is also written to `out`/summary.json.
 
@@ -118,8 +112,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     the dtype of config.model. `resume` goes on from the newest checkpoint, bit for bit as if the
     run had not stopped. Raises before the first step: CheckpointError for the model, DataError
     for the data, FileExistsError for a run that exists and is not resumed. Raises
-    FloatingPointError for a loss, gradient or perplexity that is not finite, before it can reach
-    a checkpoint, and Interrupted after Ctrl-C or SIGTERM.
+    FloatingPointError for a loss, gradient, perplexity, master or moment that is not finite and
+    RuntimeError for a frozen tensor that changed, before they can reach a checkpoint; OSError when
+    checkpoints cannot be written; and Interrupted after Ctrl-C, SIGTERM or SIGHUP.
     """
     config = replace(config, **run_state.whole_paths(asdict(config)))
     if not resume and Path(config.out).exists():
@@ -141,47 +136,60 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             shape.max_position_embeddings,
         )
     rows, heldout = _open_data(config, shape.vocab_size)
+    data = {name: digest(path, verify=config.verify) for name, path in _sets(config).items()}
     save = _policies(config, shape, device)
     model = Llama.from_pretrained(config.model, getattr(torch, config.dtype), device)
     freeze(model, config.trainable)
     for block, policy in zip(model.blocks, save, strict=True):
         block.save = policy
-    frozen = fingerprint(model)
     optimizer = Optimizer(
         model, clip=config.clip, weight_decay=config.weight_decay, betas=config.betas
     )
-    data = {name: digest(path) for name, path in _sets(config).items()}
-    with run_state.open_run(config, frozen, data, resume=resume) as run, _asked_to_stop() as stop:
-        step = run.restore(optimizer)
+    with (
+        run_state.open_run(config, model, optimizer, data, resume=resume) as run,
+        asked_to_stop() as stop,
+    ):
+        step = run.restore()
         with Progress(config.steps, step) as progress:
-            _run_steps(run, model, optimizer, rows, heldout, step, progress, stop)
-        if fingerprint(model) != frozen:
-            raise RuntimeError("frozen tensors changed during training; no model was written")
-        return run.finish(model, peak_memory(device))
+            _run_steps(run, rows, heldout, step, progress, stop)
+        return run.finish(peak_memory(device))
 
 
-def _run_steps(run, model, optimizer, rows, heldout, step, progress, stop) -> None:
+def _run_steps(run, rows, heldout, step, progress, stop) -> None:
     """From `step` to the last one; evaluations and checkpoints where they are due."""
-    config = run.config
-    evaluated = {record["step"] for record in run.records("perplexity")}
+    config, model = run.config, run.model
+    evaluated = {record["step"] for record in run.metrics.evaluations}
     if step % config.eval_every == 0 and step not in evaluated:  # at first, or where it stopped
-        run.log(_evaluation(model, heldout, config, step), progress)
+        _evaluate(run, heldout, step, progress)
     while step < config.steps:
         began = time.perf_counter()
-        metrics = take_step(model, optimizer, rows, config, step)
+        metrics = take_step(model, run.optimizer, rows, config, step)
         step += 1
         seconds = time.perf_counter() - began
         rate = config.batch_size * config.accumulation * config.seq_len / seconds
-        run.log({"step": step, **metrics, "tokens_per_second": rate})
-        progress.step(step, metrics["loss"], metrics["learning_rate"], rate)
+        record = {"step": step, **metrics, **run.metrics.z_scores(metrics)}
+        record["tokens_per_second"] = rate
+        run.metrics.append(record)
+        progress.step(record)
         if step % config.eval_every == 0 and not stop:
-            run.log(_evaluation(model, heldout, config, step), progress)
-        if step % config.checkpoint_every == 0 or step == config.steps or stop:
-            run.save(step, optimizer)
+            _evaluate(run, heldout, step, progress)
+        last = step == config.steps or bool(stop)
+        if step % config.checkpoint_every == 0 or last or run.failures:
+            _save(run, step, last, stop)
         if stop:
             raise Interrupted(f"stopped after step {step}; the same command with --resume goes on")
-    if run.records("perplexity")[-1]["step"] != step:
-        run.log(_evaluation(model, heldout, config, step), progress)
+    if run.metrics.evaluations[-1]["step"] != step:
+        _evaluate(run, heldout, step, progress)
+
+
+def _save(run, step: int, last: bool, stop: list) -> None:
+    """Write a checkpoint; a run that was stopped says so even where it cannot be written."""
+    try:
+        run.save(step, last=last)
+    except OSError as error:
+        if stop:
+            raise Interrupted(f"stopped after step {step}; {error}") from None
+        raise
 
 
 def take_step(model, optimizer, rows: Rows, config: TrainConfig, step: int) -> dict:
@@ -225,16 +233,6 @@ def freeze(model: Llama, trainable: str) -> None:
         model.train_new_blocks_only()
 
 
-def fingerprint(model: Llama) -> str:
-    """A hash of all frozen tensors, names, shapes and bits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in stock_tensors(model).items():
-        if not tensor.requires_grad:
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> list[str]:
     """What each block keeps for backward; planned before a weight is loaded."""
     if config.memory is None:
@@ -266,35 +264,14 @@ def _sets(config: TrainConfig) -> dict[str, str]:
     return {"domain": config.data, **config.evaluate}
 
 
-def _evaluation(model: Llama, heldout: dict[str, Rows], config: TrainConfig, step: int) -> dict:
+def _evaluate(run, heldout: dict[str, Rows], step: int, progress: Progress) -> None:
+    """Perplexity on the held-out sets, to metrics.jsonl and to the reader."""
     values = {
-        name: perplexity(model, rows, config.eval_tokens)["perplexity"]
+        name: perplexity(run.model, rows, run.config.eval_tokens)["perplexity"]
         for name, rows in heldout.items()
     }
     if not all(math.isfinite(value) for value in values.values()):
         raise FloatingPointError(f"step {step}: held-out perplexity {values}, finite one expected")
-    return {"step": step, "perplexity": values}
-
-
-@contextmanager
-def _asked_to_stop():
-    """The first Ctrl-C or SIGTERM is remembered until the step is done; a second ends at once."""
-    asked = []
-
-    def remember(number, frame):
-        asked.append(number)
-        restore()
-        print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        restore()
+    run.metrics.append({"step": step, "perplexity": values})
+    said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+    progress.say(f"step {step}: held-out perplexity {said}")

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llamapro import Llama, LlamaConfig
 from llamapro.checkpoint import entries_of, stock_tensors, write_model
+from llamapro.data import Rows, load_tokens
 from llamapro.expansion import expand_checkpoint
 from llamapro.model_files import encode, load_tokenizer
 
@@ -52,6 +53,10 @@ def use_tokenizer(directory, _):
     encode(load_tokenizer(directory), "to be or not to be")
 
 
+def read_rows(directory, _):
+    Rows(load_tokens(directory, "train", 61), 16).batch(0, 2)
+
+
 # By name: the files that are changed, what reads them, given the directory and a place to write
 # to, and how many changes are tried.
 TARGETS = {
@@ -66,6 +71,7 @@ TARGETS = {
         150,
     ),
     "tokenizer": (("tokenizer.json",), use_tokenizer, 150),
+    "data": (("meta.json", "train.bin"), read_rows, 150),
 }
 
 
@@ -91,10 +97,10 @@ def model_directory(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def pristine(model_directory):
+@pytest.fixture
+def pristine(model_directory, token_data):
     """The directory that each target reads."""
-    return dict.fromkeys(TARGETS, model_directory)
+    return {**dict.fromkeys(TARGETS, model_directory), "data": token_data("pristine")}
 
 
 class Watch:

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llamapro.storage import new_directory
+from llamapro.model_files import file_in, load_tokenizer, read_object
+from llamapro.storage import new_directory, read_json, shown
 
 BATCH = 2**22  # characters that are read or encoded at a time
 WHOLE = 4 * 10**9  # bytes of tokens that are hashed in seconds; of more, blocks
@@ -29,19 +30,6 @@ log = logging.getLogger("llamapro")
 
 class DataError(ValueError):
     """A corpus or token file is not what it should be."""
-
-
-def load_tokenizer(model):
-    """The `tokenizers.Tokenizer` of a model directory. Needs the "train" extra."""
-    from tokenizers import Tokenizer
-
-    path = Path(model) / "tokenizer.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{model}: tokenizer.json expected, got none")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
-        raise DataError(f"{path}: not a tokenizer: {error}") from None
 
 
 def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None) -> dict:
@@ -59,8 +47,6 @@ def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None
         raise DataError(f"heldout must be a share between 0 and 1, got {heldout}")
     encode = load_tokenizer(tokenizer)
     encode.encode_special_tokens = True  # text that looks like a special token stays text
-    encode.no_padding()
-    encode.no_truncation()
     separator_id = _separator_id(encode, tokenizer, separator)
     files = _files([Path(s) for s in sources], pattern)
     with _full_disk_named(out), new_directory(out) as directory:
@@ -215,8 +201,7 @@ def _separator_id(encode, tokenizer, separator: str | None) -> int:
         if token_id is None:
             raise DataError(f"separator {separator!r} is not in the vocabulary")
         return token_id
-    config = json.loads((Path(tokenizer) / "config.json").read_text(encoding="utf-8"))
-    eos = config.get("eos_token_id")
+    eos = read_object(Path(tokenizer), "config.json").get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) else eos
     if eos is None:
         raise DataError(f"{tokenizer}: no eos_token_id in config.json, name a separator")
@@ -276,15 +261,10 @@ def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:
     Raises DataError when the files do not fit each other or the model's vocabulary.
     """
     directory = Path(data)
-    if not (directory / "meta.json").exists():
-        raise DataError(f"{data}: a directory made by `llamapro prepare` expected, no meta.json")
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        dtype, count = np.dtype(meta["dtype"]), meta["tokens"][part]
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{directory}/meta.json: not by `llamapro prepare`: {error!r}") from None
+    meta = _meta(directory)
+    dtype, count = np.dtype(meta["dtype"]), meta["tokens"].get(part, 0)
     path = directory / f"{part}.bin"
-    size = path.stat().st_size if path.exists() else 0
+    size = file_in(directory, path.name).stat().st_size if path.exists() else 0
     if size != count * dtype.itemsize:
         raise DataError(
             f"{path}: {count} tokens, {count * dtype.itemsize} bytes expected, got {size}"
@@ -298,6 +278,21 @@ def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:
             f" got {meta['max_token']}"
         )
     return tokens
+
+
+def _meta(directory: Path) -> dict:
+    """meta.json of a data directory; what is read of it has the right kinds."""
+    if not (directory / "meta.json").exists():
+        raise DataError(
+            f"{directory}: a directory made by `llamapro prepare` expected, no meta.json"
+        )
+    meta = read_json(file_in(directory, "meta.json"))
+    tokens = meta.get("tokens")
+    counts = [*tokens.values(), meta.get("max_token")] if isinstance(tokens, dict) else [None]
+    if meta.get("dtype") not in ("uint16", "uint32") or not all(type(n) is int for n in counts):
+        got = shown({name: meta.get(name) for name in ("dtype", "tokens", "max_token")})
+        raise DataError(f"{directory}/meta.json: not by `llamapro prepare`: {got}")
+    return meta
 
 
 @dataclass(frozen=True)

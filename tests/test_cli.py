@@ -173,9 +173,9 @@ def test_prompts_that_are_no_text(run, smollm2, prompt, monkeypatch):
 
 
 def test_commands_without_further_sets_parse(tiny_path):
-    config = {"model": "m", "data": "d", "out": "a b", "evaluate": {}, "steps": 3}
+    config = {"model": "m", "data": "d", "out": "a b", "evaluate": {}, "steps": 3, "verify": True}
     again = tyro.cli(TrainConfig, args=command(config)[2:])
-    assert (again.out, again.steps, again.evaluate) == ("a b", 3, {})
+    assert (again.out, again.steps, again.evaluate, again.verify) == ("a b", 3, {}, True)
 
 
 def test_ctrl_c_ends_in_a_checkpoint_and_a_message(tiny, token_data, tmp_path):

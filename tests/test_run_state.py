@@ -23,6 +23,17 @@ def config(config):
     return replace(config, dtype="float32", accumulation=1)
 
 
+def test_base_files_that_change_during_the_run(config, at_step):
+    """The final model's frozen tensors are copied from there."""
+    file = Path(config.model) / "model.safetensors"
+    at_step(12, lambda *_: flip(file, -1))
+    with pytest.raises(RuntimeError, match="changed during the run"):
+        train(config)
+    assert not (Path(config.out) / "final").exists()
+    flip(file, -1)
+    train(config, resume=True)
+
+
 @pytest.fixture
 def at_step(monkeypatch):
     """Runs a function of model and optimizer after the step of this number was taken."""
@@ -136,7 +147,7 @@ def write_a_list(file):
     [
         (flip_a_moment, r"state\.safetensors: the digest of \S+ was \w+, is \w+"),
         (change_random_state, r"state\.json: the digest \w+ expected, got \w+"),
-        (write_a_list, r"state\.json: an object expected, got list"),
+        (write_a_list, r"\S+state\.json: a JSON object expected, got list"),
     ],
 )
 def test_a_changed_checkpoint_is_refused_and_the_one_before_offered(

@@ -5,12 +5,10 @@ and meta.json. The model's end-of-sequence token separates documents, it stands 
 beginning-of-sequence token is added.
 """
 
-import errno
 import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,7 +47,7 @@ def prepare(sources, tokenizer, out, *, pattern="*", heldout=0.1, separator=None
     encode.encode_special_tokens = True  # text that looks like a special token stays text
     separator_id = _separator_id(encode, tokenizer, separator)
     files = _files([Path(s) for s in sources], pattern)
-    with _full_disk_named(out), new_directory(out) as directory:
+    with new_directory(out) as directory:
         sizes, skipped = _sizes(files)
         parts = _split(sizes, heldout)
         meta = {
@@ -75,7 +73,7 @@ def digest(data, *, verify: bool = False) -> str:
     for file in files:
         if not file.exists():
             raise DataError(f"{file}: a token file expected, got none")
-    meta = json.loads((Path(data) / "meta.json").read_text(encoding="utf-8"))
+    meta = _meta(Path(data))
     sizes = [file.stat().st_size for file in files]
     sampled = sum(sizes) > WHOLE
     if verify or not sampled:
@@ -242,17 +240,6 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 def _encode(encode, documents: list[str], separator_id: int, dtype) -> np.ndarray:
     encoded = encode.encode_batch(documents, add_special_tokens=False)
     return np.concatenate([np.array([*d.ids, separator_id], dtype=dtype) for d in encoded])
-
-
-@contextmanager
-def _full_disk_named(out) -> Iterator[None]:
-    """The error of a full disk says where: by itself it names no file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-            error.filename = str(out)
-        raise
 
 
 def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:

@@ -216,7 +216,7 @@ def command(config: dict) -> list[str]:
         elif isinstance(value, list):
             words += [f"--{setting.name}", *map(str, value)] if tuple(value) != default else []
         elif value != default:
-            words += [f"--{setting.name.replace('_', '-')}", str(value)]
+            words += [f"--{setting.name.replace('_', '-')}", *[str(value)] * (value is not True)]
     return words
 
 

@@ -27,7 +27,7 @@ from llamapro import checkpoint, storage
 from llamapro.checkpoint import Checkpoint, CheckpointError
 from llamapro.hardware import environment
 from llamapro.metrics import Metrics
-from llamapro.proof import combined, difference, digests, fingerprint
+from llamapro.proof import combined, difference, digest, digests, fingerprint
 
 KEPT = 2
 RETRIES = 10  # of a checkpoint that could not be written, one after each step
@@ -104,8 +104,8 @@ class Run:
         changed = difference(state["frozen"], self.frozen)
         if changed:
             raise ValueError(f"{self.config.model} differs from the run's: {changed}")
-        for name, digest in state["data"].items():
-            if self.data[name] != digest:
+        for name, hashed in state["data"].items():
+            if self.data[name] != hashed:
                 raise ValueError(f"the data of {name!r} differ from those of the run")
         changed = [
             f"{name} was {state['environment'].get(name)}, is {now}"
@@ -122,12 +122,12 @@ class Run:
     def finish(self, peak_memory: int) -> dict:
         """Write the final model and the summary, which is returned."""
         if (self.path / "summary.json").exists():
-            return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            return storage.read_json(self.path / "summary.json")
         self._check_frozen(self.config.steps)  # again: the last evaluation may have come since
         self.metrics.flush()
         final, model = self.path / "final", self.model
         if not final.exists():
-            save_trained(model, Checkpoint(self.config.model), final)
+            save_trained(model, Checkpoint(self.config.model), final, self.frozen)
         evaluations = self.metrics.evaluations
         rates = sorted(r["tokens_per_second"] for r in self.metrics.read() if "loss" in r)
         summary = {
@@ -175,10 +175,13 @@ def settings(run) -> dict:
     if not file.exists():
         raise FileNotFoundError(f"{run}: a run to resume expected, got no config.json")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = storage.read_json(file)
     except ValueError as error:
-        raise ValueError(f"{file}: the settings of a run expected, got no JSON: {error}") from None
-    if not {"model", "data", "evaluate", "dtype"} <= set(config):
+        raise ValueError(f"the settings of a run expected: {error}") from None
+    evaluate = config.get("evaluate")
+    texts = [*map(config.get, ("model", "data", "dtype"))]
+    texts += evaluate.values() if isinstance(evaluate, dict) else [None]
+    if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise ValueError(f"{file}: the settings of a run expected, got {sorted(config)[:5]} ...")
     return config
 
@@ -232,7 +235,7 @@ def _read(saved: list[Path], shapes: dict[str, tuple]) -> tuple[dict, dict[str, 
     and the digests that were taken when they were saved."""
     folder = saved[-1]
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = storage.read_json(folder / "state.json")
         _check_digest(state)
         tensors = load_file(folder / "state.safetensors")
         expected = {name: (tuple(shape), torch.float32) for name, shape in shapes.items()}
@@ -252,8 +255,6 @@ def _read(saved: list[Path], shapes: dict[str, tuple]) -> tuple[dict, dict[str, 
 
 def _check_digest(state) -> None:
     """Raise ValueError unless this is what `write_checkpoint` wrote."""
-    if not isinstance(state, dict):
-        raise ValueError(f"state.json: an object expected, got {type(state).__name__}")
     said, got = state.get("digest"), _digest({k: v for k, v in state.items() if k != "digest"})
     if said != got:
         raise ValueError(f"state.json: the digest {got} expected, got {said}")
@@ -264,17 +265,24 @@ def _digest(state: dict) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def save_trained(model, base: Checkpoint, out: Path) -> None:
-    """The model in the base's dtypes; frozen tensors are the base's own bytes."""
-    trained = {
-        name: tensor.detach()
-        for name, tensor in checkpoint.stock_tensors(model).items()
-        if tensor.requires_grad
-    }
-    entries = [
-        replace(e, load=lambda t=trained[e.name]: t) if e.name in trained else e
-        for e in base.tensors.values()
-    ]
+def save_trained(model, base: Checkpoint, out: Path, frozen: dict[str, str]) -> None:
+    """The model in the base's dtypes; frozen tensors are the base's own bytes.
+
+    Raises RuntimeError when these are no longer what was trained with, of which `frozen` has the
+    digests.
+    """
+    tensors = checkpoint.stock_tensors(model)
+
+    def value(entry):
+        tensor = tensors[entry.name]
+        if tensor.requires_grad:
+            return tensor.detach()
+        kept = entry.load()
+        if digest(kept.to(tensor.dtype)) != frozen[entry.name]:
+            raise RuntimeError(f"{base.path}: {entry.name} changed during the run")
+        return kept
+
+    entries = [replace(e, load=lambda e=e: value(e)) for e in base.tensors.values()]
     with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
         checkpoint.write_model(directory, model.config, entries, files_from=base.path)
 

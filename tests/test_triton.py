@@ -33,7 +33,7 @@ class Allocations(TorchDispatchMode):
             t.untyped_storage()._cdata for t in (kwargs or {}).values() if hasattr(t, "dtype")
         }
         result = function(*args, **(kwargs or {}))
-        for t in as_tuple(result):
+        for t in result if isinstance(result, list) else as_tuple(result):
             if t is not None and t.numel() and t.untyped_storage()._cdata not in given:
                 self.sizes.append(t.numel())
         return result

@@ -7,11 +7,11 @@ BIN := .venv/bin
 
 # The whole method on real input, to runs/demo-60/report; STEPS=200 for a longer run.
 demo: .venv/installed
-	$(BIN)/python -m llamapro.demo --steps $(STEPS) --out runs/demo-$(STEPS)
+	PYTHONPATH=python $(BIN)/python -m recipes.demo --steps $(STEPS) --out runs/demo-$(STEPS)
 
 # Measure the learning rates the demo uses, and record them.
 sweep: .venv/installed
-	$(BIN)/python -m llamapro.demo --sweep --steps $(STEPS) --out runs/sweep-$(STEPS)
+	PYTHONPATH=python $(BIN)/python -m recipes.demo --sweep --steps $(STEPS) --out runs/sweep-$(STEPS)
 
 # Everything; the builds for lesser CPUs than this one, and the compiled ops with fewer and more
 # threads than cores; all without compiled ops; the Triton kernels in their interpreter (on a GPU the

@@ -4,8 +4,8 @@ import tarfile
 import zipfile
 
 import pytest
-from llamapro import assets
-from llamapro.assets import Asset, AssetError, fetch
+from recipes import assets
+from recipes.assets import Asset, AssetError, fetch
 
 
 @pytest.fixture

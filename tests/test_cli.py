@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from llamapro.report import command, frozen_verdict
+from llamapro.proof import frozen_verdict
+from llamapro.report import command
 from llamapro.train import TrainConfig
 
 tyro = pytest.importorskip("tyro")

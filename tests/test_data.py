@@ -7,9 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from llamapro import data
-from llamapro.data import DataError, Rows, load_tokenizer, load_tokens, prepare
-from llamapro.evaluate import perplexity, spread
+from llamapro.data import prepare as module
+from llamapro.data import tokens
+from llamapro.data.prepare import prepare
+from llamapro.data.tokens import DataError, TokenDataset, fingerprint, load_tokens
+from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
+from llamapro.tokenizer import load_tokenizer
 from run_files import flip
 
 
@@ -144,11 +147,11 @@ def test_an_empty_part_is_refused(token_data):
 
 def test_a_corpus_shorter_than_a_row():
     with pytest.raises(DataError, match="seq_len \\+ 1 = 9 tokens expected, got 8"):
-        Rows(np.arange(8), 8)
+        TokenDataset(np.arange(8), 8)
 
 
 def test_rows_cover_the_file_once_an_epoch():
-    rows = Rows(np.arange(101, dtype=np.uint16), seq_len=10, seed=3)
+    rows = TokenDataset(np.arange(101, dtype=np.uint16), seq_len=10, seed=3)
     assert len(rows) == 10
     seen = torch.cat([rows.batch(start, 2)[0] for start in range(0, 10, 2)])
     assert sorted(seen.flatten().tolist()) == list(range(100))
@@ -159,7 +162,7 @@ def test_rows_cover_the_file_once_an_epoch():
 
 
 def test_a_batch_depends_on_its_place_alone():
-    rows = Rows(np.arange(1000), seq_len=7)
+    rows = TokenDataset(np.arange(1000), seq_len=7)
     whole = rows.batch(300, 6)[0]
     parts = torch.cat([rows.batch(300, 2)[0], rows.batch(302, 4)[0]])
     assert torch.equal(whole, parts)
@@ -218,13 +221,13 @@ def test_what_is_hidden_is_not_searched(tokenizer, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read(tokenizer, tmp_path, monkeypatch):
-    split, folder = data._split, write(tmp_path / "text", {"a": b"a", "b": b"b"})
+    split, folder = module._split, write(tmp_path / "text", {"a": b"a", "b": b"b"})
 
     def change(sizes, heldout):
         (folder / "a").write_bytes(content)
         return split(sizes, heldout)
 
-    monkeypatch.setattr(data, "_split", change)
+    monkeypatch.setattr(module, "_split", change)
     content = LATIN
     with pytest.raises(DataError, match="a: UTF-8 text expected"):
         prepare([folder], tokenizer, tmp_path / "out")
@@ -239,7 +242,7 @@ def test_a_full_disk_is_named(corpus, tokenizer, tmp_path, monkeypatch):
     def full(path, mode="r", **settings):
         return open("/dev/full" if mode == "wb" else path, mode, **settings)
 
-    monkeypatch.setattr(data, "open", full, raising=False)
+    monkeypatch.setattr(module, "open", full, raising=False)
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"):
         prepare([corpus], tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -247,16 +250,16 @@ def test_a_full_disk_is_named(corpus, tokenizer, tmp_path, monkeypatch):
 
 def test_text_is_not_held_in_memory(tokenizer, tmp_path, monkeypatch):
     """A batch is read when the one before it is written."""
-    monkeypatch.setattr(data, "BATCH", 100)
+    monkeypatch.setattr(module, "BATCH", 100)
     folder = write(tmp_path / "text", {f"{i}": b"ab " * 20 for i in range(30)})
-    pieces, encode, read, batches = data._pieces, data._encode, [], []
+    pieces, encode, read, batches = module._pieces, module._encode, [], []
 
     def encoded(tokenizer, documents, *rest):
         batches.append((len(documents), len(read)))
         return encode(tokenizer, documents, *rest)
 
-    monkeypatch.setattr(data, "_pieces", lambda file: read.append(file) or pieces(file))
-    monkeypatch.setattr(data, "_encode", encoded)
+    monkeypatch.setattr(module, "_pieces", lambda file: read.append(file) or pieces(file))
+    monkeypatch.setattr(module, "_encode", encoded)
     prepare([folder], tokenizer, tmp_path / "out", heldout=0)
     assert batches == [(2, 30 + done) for done in range(2, 31, 2)]
 
@@ -264,7 +267,7 @@ def test_text_is_not_held_in_memory(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [1, 200])
 def test_batches_change_nothing(corpus, tokenizer, tmp_path, monkeypatch, size):
     prepare([corpus], tokenizer, tmp_path / "whole")
-    monkeypatch.setattr(data, "BATCH", size)
+    monkeypatch.setattr(module, "BATCH", size)
     prepare([corpus], tokenizer, tmp_path / "parts")
     for name in ("train.bin", "heldout.bin", "meta.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
@@ -279,28 +282,28 @@ def prepared(corpus, tokenizer, out):
 
 def test_the_digest_is_that_of_the_tokens(corpus, tokenizer, tmp_path):
     out, meta, hashed = prepared(corpus, tokenizer, tmp_path / "a")
-    assert meta["digest"] == hashed and data.digest(out).endswith(hashed)
+    assert meta["digest"] == hashed and fingerprint(out).endswith(hashed)
     again, _, _ = prepared(corpus, tokenizer, tmp_path / "b")
-    assert data.digest(again) == data.digest(out)
+    assert fingerprint(again) == fingerprint(out)
     prepare([corpus], tokenizer, tmp_path / "c", pattern="*.py")
-    assert data.digest(tmp_path / "c") != data.digest(out)
+    assert fingerprint(tmp_path / "c") != fingerprint(out)
 
 
 def test_tokens_that_were_rewritten_are_refused(corpus, tokenizer, tmp_path):
     out, meta, hashed = prepared(corpus, tokenizer, tmp_path / "a")
     flip(out / "heldout.bin", 0)
     with pytest.raises(DataError, match=f"a: train.bin .* the digest {hashed} of meta"):
-        data.digest(out)
+        fingerprint(out)
     del meta["digest"]  # as before there was one
     (out / "meta.json").write_text(json.dumps(meta))
-    assert data.digest(out)
+    assert fingerprint(out)
 
 
 def test_the_digest_names_what_is_missing(token_data):
     directory = token_data()
     (directory / "train.bin").unlink()
     with pytest.raises(DataError, match=r"train\.bin: a token file expected, got none"):
-        data.digest(directory)
+        fingerprint(directory)
 
 
 def test_json_is_utf8_whatever_the_locale(token_data, tmp_path):
@@ -309,10 +312,11 @@ def test_json_is_utf8_whatever_the_locale(token_data, tmp_path):
     meta.write_text(text, encoding="utf-8")
     (tmp_path / "config.json").write_text('{"eos_token_id": 7, "of": "ä"}', encoding="utf-8")
     code = f"""
-from llamapro import data
-assert len(data.load_tokens({str(meta.parent)!r}, "train", 61)) == 4000
-assert data.digest({str(meta.parent)!r})
-assert data._separator_id(None, {str(tmp_path)!r}, None) == 7
+from llamapro.data.prepare import _separator_id
+from llamapro.data.tokens import fingerprint, load_tokens
+assert len(load_tokens({str(meta.parent)!r}, "train", 61)) == 4000
+assert fingerprint({str(meta.parent)!r})
+assert _separator_id(None, {str(tmp_path)!r}, None) == 7
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LC_ALL": "C"}
     environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -322,44 +326,44 @@ assert data._separator_id(None, {str(tmp_path)!r}, None) == 7
 def test_many_tokens_are_sampled_and_verified_when_asked(corpus, tokenizer, tmp_path, monkeypatch):
     """Blocks at both ends are among them; what lies between them is seen by `verify` alone."""
     for name, value in {"WHOLE": 1000, "BLOCKS": 3, "BLOCK": 8}.items():
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(tokens, name, value)
     out, _, hashed = prepared(corpus, tokenizer, tmp_path / "a")
-    before, size = data.digest(out), (out / "train.bin").stat().st_size
+    before, size = fingerprint(out), (out / "train.bin").stat().st_size
     assert size > 1000 and not before.endswith(hashed)
-    assert data.digest(out, verify=True) == before
+    assert fingerprint(out, verify=True) == before
     for place in (0, size // 2, size - 1):
         flip(out / "train.bin", place)
-        assert data.digest(out) != before
+        assert fingerprint(out) != before
         flip(out / "train.bin", place)
     flip(out / "train.bin", 20)
-    assert data.digest(out) == before
+    assert fingerprint(out) == before
     with pytest.raises(DataError, match="changed since they were prepared"):
-        data.digest(out, verify=True)
+        fingerprint(out, verify=True)
 
 
 def test_a_token_file_without_a_row_is_named(token_data):
     tokens = load_tokens(token_data(heldout=9), "heldout", 61)
     with pytest.raises(DataError, match=r"data/heldout\.bin: .* 129 tokens expected, got 9"):
-        Rows(tokens, 128)
+        TokenDataset(tokens, 128)
 
 
 @pytest.mark.parametrize("seq_len", [0, -1])
 def test_rows_of_nothing(seq_len):
     with pytest.raises(ValueError, match=f"seq_len must be at least 1, got {seq_len}"):
-        Rows(np.arange(8), seq_len)
+        TokenDataset(np.arange(8), seq_len)
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1])
 def test_an_evaluation_of_nothing(tiny, max_tokens):
     with pytest.raises(ValueError, match=f"max_tokens must be at least 1, got {max_tokens}"):
-        perplexity(tiny(), Rows(np.arange(61), 8), max_tokens)
+        perplexity(tiny(), TokenDataset(np.arange(61), 8), max_tokens)
 
 
 def test_rows_that_are_evaluated_are_spread():
-    rows = Rows(np.arange(101), 10)
-    assert spread(rows) == spread(rows, 1000) == list(range(10))
-    assert spread(rows, 59) == [0, 2, 4, 6, 8]
-    assert spread(rows, 1) == [0]
+    rows = TokenDataset(np.arange(101), 10)
+    assert evenly_spaced_indices(rows) == evenly_spaced_indices(rows, 1000) == list(range(10))
+    assert evenly_spaced_indices(rows, 59) == [0, 2, 4, 6, 8]
+    assert evenly_spaced_indices(rows, 1) == [0]
 
 
 def test_eval_checks_its_numbers_before_it_loads(tiny_path, token_data, monkeypatch):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-demo = pytest.importorskip("llamapro.demo")
+demo = pytest.importorskip("recipes.demo")
 
 
 def test_the_recorded_sweep_is_of_this_demo():

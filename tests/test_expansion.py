@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llamapro import Llama, LlamaConfig, expand, expansion
-from llamapro.checkpoint import Checkpoint, TensorEntry, write_model
-from llamapro.expansion import IdentityError, Slot, expand_checkpoint, place_blocks
+from llamapro.expansion import expand_checkpoint
+from llamapro.hf import Checkpoint, TensorEntry, write_model
+from llamapro.placement import Slot, place_blocks
+from llamapro.proof import IdentityError
 from safetensors.torch import load_file, save_file
 
 PLACEMENTS = ["interleaved", "prefix", "suffix", [0, 2, 5]]
@@ -271,7 +273,7 @@ def synthetic(directory, blocks=24, width=768, max_shard_bytes=16 * 2**20):
         num_attention_heads=16,
     )
     with torch.device("meta"):
-        from llamapro.checkpoint import stock_tensors
+        from llamapro.model import stock_tensors
 
         shapes = {n: tuple(t.shape) for n, t in stock_tensors(Llama(config)).items()}
     entries = [
@@ -311,7 +313,7 @@ def test_expansion_is_out_of_core(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("placement", ["interleaved", "prefix", "suffix", [0, 7, 20]], ids=str)
 def test_smollm2_expands_bit_identically(smollm2, placement, dtype):
-    from llamapro.data import load_tokenizer
+    from llamapro.tokenizer import load_tokenizer
 
     model = Llama.from_pretrained(smollm2, dtype=dtype)
     ids = load_tokenizer(smollm2).encode(expansion.PROOF_TEXT).ids

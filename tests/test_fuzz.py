@@ -21,12 +21,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llamapro import Llama, LlamaConfig
-from llamapro import train as train_module
-from llamapro.checkpoint import entries_of, stock_tensors, write_model
-from llamapro.data import Rows, load_tokens
+from llamapro.data.tokens import TokenDataset, load_tokens
 from llamapro.expansion import expand_checkpoint
-from llamapro.model_files import encode, load_tokenizer
-from llamapro.train import take_step, train
+from llamapro.hf import entries_of, write_model
+from llamapro.model import stock_tensors
+from llamapro.tokenizer import encode, load_tokenizer
+from llamapro.train import loop as train_module
+from llamapro.train import train
+from llamapro.train.loop import take_step
 
 tokenizers = pytest.importorskip("tokenizers")
 STEP = "checkpoints/step-00000002"
@@ -58,7 +60,7 @@ def use_tokenizer(directory, _):
 
 
 def read_rows(directory, _):
-    Rows(load_tokens(directory, "train", 61), 16).batch(0, 2)
+    TokenDataset(load_tokens(directory, "train", 61), 16).batch(0, 2)
 
 
 def resume(directory, _):
@@ -120,7 +122,9 @@ def run_directory(config, monkeypatch):
             raise MemoryError("stopped by the test")
         return take_step(*arguments)
 
-    SETTINGS["run"] = replace(config, steps=3, accumulation=1, eval_every=3, checkpoint_every=2)
+    SETTINGS["run"] = replace(
+        config, steps=3, gradient_accumulation_steps=1, eval_every=3, checkpoint_every=2
+    )
     monkeypatch.setattr(train_module, "take_step", stop)
     with pytest.raises(MemoryError):
         train(SETTINGS["run"])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from llamapro import expand
-from llamapro.run_state import Run
 from llamapro.train import train
+from llamapro.train.run import Run
 from run_files import records
 
 CALLS = ("open", "rename", "replace", "mkdir", "rmdir", "unlink", "truncate", "ftruncate")
@@ -96,7 +96,7 @@ def config(config, tiny, tmp_path):
         model=str(model.save_pretrained(tmp_path / "small")),
         steps=4,
         batch_size=1,
-        accumulation=1,
+        gradient_accumulation_steps=1,
         seq_len=8,
         eval_tokens=8,
         eval_every=100,

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llamapro import metrics
-from llamapro import train as module
-from llamapro.metrics import WINDOW, Metrics, z_score
-from llamapro.train import take_step, train
+from llamapro.train import loop as module
+from llamapro.train import metrics, train
+from llamapro.train.loop import take_step
+from llamapro.train.metrics import WINDOW, Metrics, z_score
 from run_files import records
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from llamapro import Llama, LlamaConfig, expand
-from llamapro.model import KVCache
+from llamapro.generate import KVCache
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -297,7 +297,7 @@ def test_cached_generation_under_autocast(tiny):
 def test_smollm2_equals_transformers(smollm2):
     """In fp32: logits to 1e-4 of the largest, and the same greedy continuation."""
     transformers = pytest.importorskip("transformers")
-    from llamapro.data import load_tokenizer
+    from llamapro.tokenizer import load_tokenizer
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     ours = Llama.from_pretrained(smollm2, dtype=torch.float32)

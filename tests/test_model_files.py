@@ -6,9 +6,10 @@ import sys
 
 import pytest
 from llamapro import Llama, model_files
-from llamapro.checkpoint import Checkpoint
 from llamapro.expansion import expand_checkpoint
-from llamapro.model_files import COMPANIONS, CheckpointError, file_in, load_tokenizer
+from llamapro.hf import Checkpoint
+from llamapro.model_files import COMPANIONS, CheckpointError, file_in
+from llamapro.tokenizer import encode, load_tokenizer
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_a_tokenizer_neither_pads_nor_cuts(tiny_path):
     made.enable_truncation(1)
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tiny_path / "tokenizer.json"))
-    assert model_files.encode(load_tokenizer(tiny_path), "a b") == [0, 0]
+    assert encode(load_tokenizer(tiny_path), "a b") == [0, 0]
 
 
 def test_the_proofs_tokens_are_in_the_vocabulary(tiny_path, tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from llamapro.optimizer import Optimizer
+from llamapro.train.optimizer import Optimizer
 
 
 def losses(model, steps=4):
@@ -20,7 +20,7 @@ def losses(model, steps=4):
 def test_it_takes_the_steps_of_torch_optim(tiny):
     """The same bits: matrices decay, vectors do not."""
     ours, theirs = tiny(), tiny()
-    optimizer = Optimizer(ours, clip=1e9, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = Optimizer(ours, max_grad_norm=1e9, weight_decay=0.1, betas=(0.9, 0.95))
     parameters = list(theirs.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
@@ -41,7 +41,7 @@ def test_it_takes_the_steps_of_torch_optim(tiny):
 def test_a_loaded_state_goes_on(tiny):
     """With the same bits, in another optimizer on a copy of the model."""
     model = tiny().to(torch.bfloat16)
-    options = {"clip": 1e9, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    options = {"max_grad_norm": 1e9, "weight_decay": 0.1, "betas": (0.9, 0.95)}
     optimizer = Optimizer(model, **options)
     for count, loss in enumerate(losses(model)):
         if count == 2:
@@ -62,7 +62,7 @@ def test_steps_are_counted_in_fp32(tiny):
     model = tiny()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        optimizer = Optimizer(model, clip=1e9, weight_decay=0.1, betas=(0.9, 0.95))
+        optimizer = Optimizer(model, max_grad_norm=1e9, weight_decay=0.1, betas=(0.9, 0.95))
     finally:
         torch.set_default_dtype(torch.float32)
     assert {count.dtype for count in optimizer.steps.values()} == {torch.float32}
@@ -73,12 +73,16 @@ def test_steps_are_counted_in_fp32(tiny):
 )
 def test_options_out_of_range(tiny, change):
     with pytest.raises(ValueError, match="expected, got"):
-        Optimizer(tiny(), **{"clip": 1.0, "weight_decay": 0.1, "betas": (0.9, 0.95), **change})
+        Optimizer(
+            tiny(), **{"max_grad_norm": 1.0, "weight_decay": 0.1, "betas": (0.9, 0.95), **change}
+        )
 
 
 def test_nothing_to_train_is_an_error(tiny):
     with pytest.raises(ValueError, match="no trainable parameter"):
-        Optimizer(tiny().requires_grad_(False), clip=1.0, weight_decay=0.0, betas=(0.9, 0.95))
+        Optimizer(
+            tiny().requires_grad_(False), max_grad_norm=1.0, weight_decay=0.0, betas=(0.9, 0.95)
+        )
 
 
 def test_the_compiler_is_not_loaded(tiny_path):
@@ -86,9 +90,9 @@ def test_the_compiler_is_not_loaded(tiny_path):
     code = f"""
 import sys, torch
 from llamapro import Llama
-from llamapro.optimizer import Optimizer
+from llamapro.train.optimizer import Optimizer
 model = Llama.from_pretrained({str(tiny_path)!r})
-optimizer = Optimizer(model, clip=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.95))
 tokens = torch.zeros(1, 4, dtype=torch.long)
 loss = model.loss(tokens, tokens)
 loss.backward()

@@ -123,7 +123,7 @@ MEASURE = """
 import json, sys, torch
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.hardware import keep_freed_memory, peak_memory, resident_memory
-from llamapro.optimizer import Optimizer
+from llamapro.train.optimizer import Optimizer
 from llamapro.train import freeze
 
 keep_freed_memory(False)  # holes in the C library's heap are not planned
@@ -132,7 +132,7 @@ config = LlamaConfig(**setting["config"])
 dtype = getattr(torch, setting["dtype"])
 torch.set_default_dtype(dtype)
 def once(model, batch, length):
-    optimizer = Optimizer(model, clip=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.95))
     tokens = torch.randint(model.config.vocab_size, (batch, length))
     for _ in range(2):
         loss = model.loss(tokens, tokens)

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from llamapro.progress import Progress
 from llamapro.train import train
+from llamapro.train.progress import Progress
 from run_files import records
 
 RECORD = {"step": 3, "loss": 2.5, "learning_rate": 1e-3, "tokens_per_second": 1e3}
@@ -51,7 +51,7 @@ def test_a_terminal_that_goes_away_ends_no_run():
     pytest.importorskip("rich")
     code = f"""
 import os, sys, time
-from llamapro.progress import Progress
+from llamapro.train.progress import Progress
 with Progress(10) as progress:
     assert progress.bar
     progress.step({RECORD!r})

@@ -2,10 +2,11 @@ import os
 import signal
 
 import pytest
-from llamapro import run_state
-from llamapro import train as module
-from llamapro.stopping import asked_to_stop
-from llamapro.train import Interrupted, take_step, train
+from llamapro.train import Interrupted, train
+from llamapro.train import loop as module
+from llamapro.train import run as run_module
+from llamapro.train.loop import take_step
+from llamapro.train.stopping import asked_to_stop
 from run_files import records
 
 
@@ -38,7 +39,7 @@ def test_the_step_at_hand_is_saved(config, monkeypatch, signals_at, signals):
     signals_at(4, *signals)
     with pytest.raises(Interrupted, match=r"stopped after step 4; .* --resume"):
         train(config)
-    assert [p.name for p in run_state.checkpoints(config.out)] == ["step-00000004"]
+    assert [p.name for p in run_module.checkpoints(config.out)] == ["step-00000004"]
     assert before == {number: signal.getsignal(number) for number in before}
     monkeypatch.undo()
     train(config, resume=True)

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from llamapro import Llama, expand, planner, run_state
-from llamapro import train as module
-from llamapro.checkpoint import Checkpoint, CheckpointError
-from llamapro.data import DataError, Rows
-from llamapro.optimizer import Optimizer
+from llamapro import Llama, expand, planner
+from llamapro.data.tokens import DataError, TokenDataset
+from llamapro.hf import Checkpoint
+from llamapro.model_files import CheckpointError
 from llamapro.storage import lock
-from llamapro.train import Interrupted, schedule, take_step, train
+from llamapro.train import Interrupted, train
+from llamapro.train import loop as module
+from llamapro.train import run as run_module
+from llamapro.train.config import schedule
+from llamapro.train.loop import take_step
+from llamapro.train.optimizer import Optimizer
 from run_files import flip, records
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +27,9 @@ import llamapro_kernels as lk
 
 
 def optimizer_of(model, **changes):
-    return Optimizer(model, **{"clip": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.95), **changes})
+    return Optimizer(
+        model, **{"max_grad_norm": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.95), **changes}
+    )
 
 
 def test_it_learns_and_leaves_the_frozen_alone(config, tmp_path):
@@ -53,7 +59,7 @@ def test_the_trained_model_is_plain_hugging_face(config, tmp_path):
 
 def test_only_trainable_parameters_have_masters_and_moments(config):
     train(config)
-    (*_, newest) = run_state.checkpoints(config.out)
+    (*_, newest) = run_module.checkpoints(config.out)
     names = load_file(newest / "state.safetensors")
     assert {name.split(".")[0] for name in names} == {"master", "exp_avg", "exp_avg_sq"}
     assert {name.split(".")[2] for name in names} == {"2", "5"}
@@ -115,19 +121,19 @@ def spy(function, seen):
 
 def test_accumulation_is_exact(config, tiny):
     """Micro-batches with unequal numbers of valid targets: the gradient of one large batch."""
-    rows = Rows(torch.randint(61, (4000,)).numpy(), 16)
+    rows = TokenDataset(torch.randint(61, (4000,)).numpy(), 16)
     tokens, targets = rows.batch(0, 4)
     targets = targets.masked_fill(torch.arange(64).view(4, 16) < 23, -100)
     gradients = []
     for size in (4, 1):
         model = tiny().double()
-        micro = replace(config, batch_size=size, accumulation=4 // size)
+        micro = replace(config, batch_size=size, gradient_accumulation_steps=4 // size)
 
         class Fixed:
             def batch(self, start, count):
                 return tokens, targets
 
-        optimizer = optimizer_of(model, clip=1e9)
+        optimizer = optimizer_of(model, max_grad_norm=1e9)
         grads = {}
         optimizer.step = lambda lr, o=optimizer, g=grads: g.update(
             {n: m.grad.clone() for n, (_, m) in o.pairs.items()}
@@ -160,7 +166,7 @@ def test_bf16_weights_follow_fp32_masters(config):
 
 
 def test_schedule_warms_up_and_falls_to_zero(config):
-    config = replace(config, steps=100, warmup=0.06)
+    config = replace(config, steps=100, warmup_ratio=0.06)
     rates = [schedule(config, step) for step in range(100)]
     assert rates[5] == max(rates) == config.learning_rate
     assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
@@ -178,7 +184,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(config, monkeypatch):
     with pytest.raises(Interrupted, match=r"stopped after step 4; .* --resume"):
         train(config)
     assert signal.getsignal(signal.SIGINT) is before
-    assert [p.name for p in run_state.checkpoints(config.out)] == ["step-00000004"]
+    assert [p.name for p in run_module.checkpoints(config.out)] == ["step-00000004"]
     monkeypatch.setattr(module, "take_step", take_step)
     train(config, resume=True)
     assert list(records(config)) == list(range(1, 21))
@@ -187,10 +193,10 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(config, monkeypatch):
 def test_resume_keeps_the_dtype_that_auto_took(config, monkeypatch):
     """The choice is a measurement; a second one may come out otherwise."""
     config = replace(config, dtype="auto")
-    monkeypatch.setattr(module, "pick_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(run_module, "pick_dtype", lambda device: "bfloat16")
     train(config)
-    assert run_state.settings(config.out)["dtype"] == "bfloat16"
-    monkeypatch.setattr(module, "pick_dtype", lambda device: "float32")
+    assert run_module.settings(config.out)["dtype"] == "bfloat16"
+    monkeypatch.setattr(run_module, "pick_dtype", lambda device: "float32")
     assert train(config, resume=True)["dtype"] == "bfloat16"
 
 
@@ -270,10 +276,10 @@ def test_killed_at_random_moments(config, tmp_path):
         time.sleep(chance.uniform(0, 0.02))  # the first falls before or into the first checkpoint
         child.kill()
         child.join()
-        if not run_state.checkpoints(config.out):
+        if not run_module.checkpoints(config.out):
             assert kill == 0
             continue
-        newest = run_state.checkpoints(config.out)[-1]
+        newest = run_module.checkpoints(config.out)[-1]
         state = json.loads((newest / "state.json").read_text())
         assert newest.name == f"step-{state['step']:08d}"
         assert all(t.isfinite().all() for t in load_file(newest / "state.safetensors").values())
@@ -285,7 +291,7 @@ def test_killed_at_random_moments(config, tmp_path):
 
 
 def newest_step(config):
-    saved = run_state.checkpoints(config.out)
+    saved = run_module.checkpoints(config.out)
     return int(saved[-1].name[5:]) if saved else 0
 
 
@@ -296,7 +302,11 @@ def newest_step(config):
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"learning_rate": -1.0}, ValueError, r"got -1\.0"),
         ({"dtype": "float16"}, ValueError, "'float16'"),
-        ({"clip": -1.0}, ValueError, r"clip must be above 0 and finite, got -1\.0"),
+        (
+            {"max_grad_norm": -1.0},
+            ValueError,
+            r"max_grad_norm must be above 0 and finite, got -1\.0",
+        ),
         ({"learning_rate": float("inf")}, ValueError, "got inf"),
         ({"weight_decay": -0.1}, ValueError, r"weight_decay must lie in 0\.\.inf, got -0\.1"),
         ({"seed": -1}, ValueError, "got -1"),
@@ -348,7 +358,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(config):
     model = Llama.from_pretrained(config.model)
     model.train_new_blocks_only()
     optimizer = optimizer_of(model)
-    rows = Rows(torch.randint(61, (4000,)).numpy(), 16)
+    rows = TokenDataset(torch.randint(61, (4000,)).numpy(), 16)
     take_step(model, optimizer, rows, config, 0)
     poisoned = dict(model.blocks[0].named_parameters())["attention_norm"].data
     poisoned[0] = float("nan")
@@ -364,7 +374,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(config):
 
 def test_a_run_that_diverges_is_no_result(config, tmp_path):
     with pytest.raises(FloatingPointError):
-        train(replace(config, learning_rate=1e6, clip=1e9, dtype="float32"))
+        train(replace(config, learning_rate=1e6, max_grad_norm=1e9, dtype="float32"))
     assert not (tmp_path / "run" / "final").exists()
 
 
@@ -422,7 +432,7 @@ def test_what_is_no_run_is_not_resumed(config, text):
     Path(config.out).mkdir()
     (Path(config.out) / "config.json").write_text(text)
     for dtype in ("auto", "bfloat16"):
-        with pytest.raises(ValueError, match=r"run/config\.json: the settings of a run expected"):
+        with pytest.raises(ValueError, match=r"the settings of a run expected"):
             train(replace(config, dtype=dtype), resume=True)
 
 

@@ -17,15 +17,18 @@ except ImportError:
 
 import torch
 
-from llamapro import data, expansion, planner
+from llamapro import expansion, planner
 from llamapro import report as report_module
-from llamapro.evaluate import perplexity, spread
+from llamapro.data import prepare as prepare_module
+from llamapro.data.tokens import TokenDataset, load_tokens
+from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
 from llamapro.hardware import matmul_rate, pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.model_files import read_config
 from llamapro.storage import one_line
-from llamapro.train import DTYPES, Interrupted, TrainConfig
-from llamapro.train import train as run_training
+from llamapro.train.config import DTYPES, TrainConfig
+from llamapro.train.loop import train as run_training
+from llamapro.train.stopping import Interrupted
 
 
 def _positional(kind, name: str):
@@ -81,7 +84,7 @@ def prepare(
         heldout: Share of the text to set aside, by whole files.
         separator: Token after each document; by default the model's end of sequence.
     """
-    meta = data.prepare(
+    meta = prepare_module.prepare(
         sources, tokenizer, out, pattern=pattern, heldout=heldout, separator=separator
     )
     print(f"{out}: {meta['tokens']} tokens of {meta['documents']} documents")
@@ -116,9 +119,9 @@ def evaluate(
         max_tokens: Evenly spread over the part; all of it by default.
         dtype: bfloat16, float32 or auto: bfloat16, unless fp32 is twice as fast here.
     """
-    tokens = data.load_tokens(data_directory, "heldout", read_config(model).vocab_size)
-    rows = data.Rows(tokens, seq_len)
-    spread(rows, max_tokens)  # a bad number is refused before the model is loaded
+    tokens = load_tokens(data_directory, "heldout", read_config(model).vocab_size)
+    rows = TokenDataset(tokens, seq_len)
+    evenly_spaced_indices(rows, max_tokens)  # a bad number is refused before the model is loaded
     result = perplexity(_load(model, dtype, device), rows, max_tokens)
     if not math.isfinite(result["perplexity"]):  # JSON has no word for it
         raise FloatingPointError(f"a finite perplexity expected, got {result}")
@@ -164,7 +167,7 @@ def plan(
         new_blocks: How many blocks to add.
         placement: Where; every placement side by side by default.
         seq: Tokens of a row.
-        batch: Rows of a step.
+        batch: TokenDataset of a step.
         memory: What there is, such as 80GB: finds what to save so that the step fits in 95 % of it.
         dtype: Of weights and activations.
         device: Whose matrix products bound the speed.

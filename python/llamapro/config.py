@@ -1,5 +1,6 @@
 """A Llama's configuration, as config.json has it: checked, because files come from anywhere."""
 
+import re
 from dataclasses import Field, dataclass, field, fields
 
 from llamapro.storage import shown
@@ -21,6 +22,14 @@ FIXED_SETTINGS = {
     "attention_dropout": 0.0,
     "quantization_config": None,
     "sliding_window": None,
+}
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# The parts of a block's fused matrices, rows after rows.
+PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_proj": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_proj": ("mlp.down_proj",),
 }
 LARGEST = 2**31 - 1
 LARGEST_FLOAT = 1e38  # of fp32, in which positions are rotated
@@ -152,6 +161,40 @@ class LlamaConfig:
             **own,
             "rope_parameters": rope,
         }
+
+
+def stock_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Stock names and shapes of a whole model, by arithmetic alone: no model is built."""
+    table = (config.vocab_size, config.hidden_size)
+    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = table
+    block = block_shapes(config)
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Stock names, without the block's, and shapes of a block's tensors."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    matrices = {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    shapes = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    for name, shape in matrices.items():
+        shapes[f"{name}.weight"] = shape
+        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+            shapes[f"{name}.bias"] = shape[:1]
+    return shapes
 
 
 def _with_one_rope(raw: dict) -> dict:

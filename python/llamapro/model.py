@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 import llamapro_kernels as lk
-from llamapro.config import LlamaConfig
+from llamapro.config import PARTS, LlamaConfig, block_shapes
+from llamapro.generate import generate
+from llamapro.hf import Checkpoint, entries_of, fill, write_model
+from llamapro.storage import new_directory
 
 
 class Block(nn.Module):
@@ -91,9 +94,14 @@ class Llama(nn.Module):
         every tensor are checked before a weight is read; CheckpointError or ValueError says what
         was got and what was expected.
         """
-        from llamapro import checkpoint
-
-        return checkpoint.load(path, dtype=dtype, device=device)
+        checkpoint = Checkpoint(path)
+        with torch.device("meta"):
+            model = cls(checkpoint.config).to(dtype or checkpoint.dtype)
+        model.to_empty(device=device)
+        model.tie()
+        fill(stock_tensors(model), checkpoint)
+        checkpoint.close()
+        return model
 
     def save_pretrained(self, out, files_from=None) -> Path:
         """Write a plain Hugging Face Llama to the new directory `out`, whole or not at all.
@@ -101,9 +109,14 @@ class Llama(nn.Module):
         files_from: a model directory whose tokenizer and generation files are copied along.
         Raises FileExistsError when `out` exists, OSError when the disk is too small.
         """
-        from llamapro import checkpoint
-
-        return checkpoint.save(self, out, files_from=files_from)
+        if self.config.tie_word_embeddings and self.lm_head.weight is not self.embed_tokens.weight:
+            raise ValueError(
+                "embeddings are tied, but lm_head.weight is another parameter: call tie()"
+            )
+        entries = entries_of({name: t.detach() for name, t in stock_tensors(self).items()})
+        with new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
+            write_model(directory, self.config, entries, files_from=files_from)
+        return Path(out)
 
     def tie(self) -> None:
         """Make embeddings and head one parameter, where the config says so."""
@@ -149,38 +162,19 @@ class Llama(nn.Module):
         for i in self.config.new_blocks:
             self.blocks[i].requires_grad_(True)
 
-    @torch.no_grad()
     def generate(
         self, tokens, max_new_tokens, *, temperature=0.0, top_p=1.0, stop=None, generator=None
     ) -> torch.Tensor:
-        """Continue tokens (B, T) by up to max_new_tokens: returns (B, T + new).
-
-        temperature 0 is greedy; otherwise samples from the smallest set of tokens that holds
-        `top_p` of the probability. stop: ids that end a row (default: the config's eos); the row
-        is filled with its stop id until all rows have ended.
-        """
-        if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
-            raise ValueError(
-                "temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 0 expected,"
-                f" got {temperature}, {top_p} and {max_new_tokens}"
-            )
-        if tokens.dim() != 2 or not tokens.shape[1]:
-            raise ValueError(f"tokens (B, T) with T >= 1 expected, got {tuple(tokens.shape)}")
-        eos = self.config.eos_token_id if stop is None else stop
-        ids = [eos] if isinstance(eos, int) else list(eos or ())
-        stop = torch.tensor(ids, dtype=torch.long, device=tokens.device)
-        cache = KVCache(self, tokens.shape[1] + max_new_tokens)
-        ended = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
-        step = tokens
-        for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(step, cache=cache)[:, -1:])[:, 0]
-            chosen = _sample(logits.float(), temperature, top_p, generator)
-            step = torch.where(ended, tokens[:, -1:], chosen)
-            tokens = torch.cat((tokens, step), 1)
-            ended |= torch.isin(step, stop)
-            if ended.all():
-                break
-        return tokens
+        """Continue tokens (B, T) by up to max_new_tokens, see `llamapro.generate.generate`."""
+        return generate(
+            self,
+            tokens,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=stop,
+            generator=generator,
+        )
 
     def _check_tokens(self, tokens):
         """The values only where that costs no wait for the device."""
@@ -195,28 +189,40 @@ class Llama(nn.Module):
             )
 
 
-class KVCache:
-    """Keys and values of the tokens so far, in the dtype of the first, with room for `capacity`."""
+def stock_tensors(model: Llama) -> dict[str, torch.Tensor]:
+    """Every tensor under its stock Hugging Face name; parts of fused matrices as views."""
+    tensors = {"model.embed_tokens.weight": model.embed_tokens.weight}
+    for i, block in enumerate(model.blocks):
+        tensors |= block_tensors(block, model.config, f"model.layers.{i}.")
+    tensors["model.norm.weight"] = model.norm
+    if not model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = model.lm_head.weight
+    return tensors
 
-    def __init__(self, model: Llama, capacity: int):
-        self.length, self.capacity = 0, capacity
-        self.pairs: list[tuple[torch.Tensor, ...] | None] = [None] * len(model.blocks)
 
-    def of_block(self, i: int):
-        """The `cache` argument of `lk.decoder_block` for block i."""
+def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, torch.Tensor]:
+    """A block's tensors under their stock names."""
+    shapes = block_shapes(config)
+    tensors = {
+        f"{prefix}input_layernorm.weight": block.attention_norm,
+        f"{prefix}post_attention_layernorm.weight": block.mlp_norm,
+    }
+    for matrix, names in PARTS.items():
+        rows = [shapes[f"{name}.weight"][0] for name in names]
+        for kind, parameter in getattr(block, matrix).named_parameters():
+            pieces = zip(names, parameter.split(rows), strict=True)
+            tensors |= {f"{prefix}{name}.{kind}": piece for name, piece in pieces}
+    return tensors
 
-        def append(k, v):
-            end = self.length + k.shape[1]
-            if end > self.capacity:
-                raise ValueError(f"the cache has room for {self.capacity} tokens, got {end}")
-            if self.pairs[i] is None:
-                shape = (k.shape[0], self.capacity, *k.shape[2:])
-                self.pairs[i] = tuple(k.new_empty(shape) for _ in "kv")
-            for kept, new in zip(self.pairs[i], (k, v), strict=True):
-                kept[:, self.length : end] = new
-            return tuple(kept[:, :end] for kept in self.pairs[i])
 
-        return append
+@torch.no_grad()
+def load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> Block:
+    """One block alone, on the CPU."""
+    with torch.device("meta"):
+        block = Block(checkpoint.config).to(dtype)
+    block.to_empty(device="cpu")
+    fill(block_tensors(block, checkpoint.config, f"model.layers.{index}."), checkpoint)
+    return block
 
 
 def rope_table(config: LlamaConfig, start: int, length: int, device=None):
@@ -243,13 +249,3 @@ def _scaled(frequencies, scaling):
     waves = 2 * math.pi / frequencies
     smooth = ((trained / waves - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * frequencies / factor + smooth * frequencies
-
-
-def _sample(logits, temperature, top_p, generator):
-    """(B, V) -> (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(before >= top_p, 0.0)
-    return order.gather(1, torch.multinomial(kept, 1, generator=generator))

@@ -123,33 +123,3 @@ def companions(directory: Path) -> list[Path]:
     """
     names = [name for name in COMPANIONS if os.path.lexists(directory / name)]
     return [file_in(directory, name, MAX_COMPANION_BYTES) for name in names]
-
-
-def load_tokenizer(model):
-    """The `tokenizers.Tokenizer` of a model directory, without its settings to pad and to cut.
-
-    Needs the "train" extra. Raises FileNotFoundError when there is none.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        path = file_in(Path(model), "tokenizer.json", MAX_COMPANION_BYTES)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{model}: tokenizer.json expected, got none") from None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
-        raise CheckpointError(f"{path}: not a tokenizer: {one_line(error)}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def encode(tokenizer, text: str) -> list[int]:
-    """The ids of a text. Raises ValueError where the tokenizer has none for a part of it."""
-    try:
-        return tokenizer.encode(text).ids
-    except Exception as error:  # the library raises no narrower class
-        raise ValueError(
-            f"a tokenizer that takes {shown(text)} expected: {one_line(error)}"
-        ) from None

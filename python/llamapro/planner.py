@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llamapro.expansion import Slot, expanded_config, place_blocks
-from llamapro.model import LlamaConfig
+from llamapro.config import LlamaConfig
+from llamapro.expansion import expanded_config
+from llamapro.placement import Slot, place_blocks
 from llamapro_kernels.attention import visible_pairs
 from llamapro_kernels.block import SAVE
 from llamapro_kernels.linear_cross_entropy import chunk_bytes

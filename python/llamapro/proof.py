@@ -1,8 +1,8 @@
-"""Digests of tensors where they are, at the speed of memory: proof that no bit of them changed.
+"""Proof that nothing changed: identity of an expanded model, digests of tensors, equal bytes.
 
-The bytes of a tensor are read as int64 words w, in chunks. Each chunk gives two sums that wrap
-around, over its words: of m_i * w_i, and of m_i * (w_i >> 32), where m_i is an odd number drawn
-once for each place in a chunk. An odd factor can be undone, so one word that changes always
+A digest reads the bytes of a tensor as int64 words w, in chunks. Each chunk gives two sums that
+wrap around, over its words: of m_i * w_i, and of m_i * (w_i >> 32), where m_i is an odd number
+drawn once for each place in a chunk. An odd factor can be undone, so one word that changes always
 changes the first sum. The upper half of a word counts again as a low one, because the highest bits
 of two words could cancel: of 2^63 * m only the lowest bit of m is left. The sums are the same on
 every device, in any order, and a cryptographic hash of them all, with shape and dtype, is what is
@@ -13,19 +13,113 @@ import hashlib
 import json
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llamapro.checkpoint import stock_tensors
-from llamapro.model import Llama, LlamaConfig
+import llamapro_kernels as lk
+from llamapro.config import LlamaConfig
+from llamapro.hf import Checkpoint
+from llamapro.model import Llama, load_block, rope_table, stock_tensors
+from llamapro.model_files import CheckpointError
+from llamapro.placement import Slot
+from llamapro.storage import read_json
+from llamapro.tokenizer import encode, load_tokenizer
 
+PROOF_TEXT = (
+    "The quick brown fox jumps over the lazy dog. In 1905 Einstein published four papers.\n"
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n"
+    "    return a\n"
+)
 CHUNK = 2**14  # words
 AT_ONCE = {"cpu": 2**15, "cuda": 2**22}  # words whose products are in a cache together
 # Of a configuration, what no result depends on; what llama_pro says of that is added.
 UNUSED = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"}
 UNUSED |= {"llama_pro", "other"}
+
+
+class IdentityError(RuntimeError):
+    """An expanded model does not compute what its base computes."""
+
+
+@torch.no_grad()
+def prove_identity(base: Checkpoint, expanded: Checkpoint, slots: list[Slot]) -> None:
+    """Raise IdentityError unless both give bit-equal logits on real tokens.
+
+    Both run at once, a block of each in memory, so the first place where they part is known.
+    """
+    tokens, dtype = _proof_tokens(base), base.dtype
+    cos, sin = rope_table(base.config, 0, tokens.shape[1])
+    embedding = "model.embed_tokens.weight"
+    x = base.tensors[embedding].load()[tokens].to(dtype)
+    y = expanded.tensors[embedding].load()[tokens].to(dtype)
+    _compare(x, y, "the embeddings")
+    for i, slot in enumerate(slots):
+        y = load_block(expanded, i, dtype)(y, cos, sin)
+        if not slot.new:
+            x = load_block(base, slot.source, dtype)(x, cos, sin)
+        kind = "a new copy of" if slot.new else "the base's"
+        _compare(x, y, f"block {i}, {kind} block {slot.source}")
+    logits = [_logits(side, state) for side, state in ((base, x), (expanded, y))]
+    _compare(*(side.view(torch.uint8) for side in logits), "the logits")
+    base.close()
+    expanded.close()
+
+
+def _logits(side: Checkpoint, x: torch.Tensor) -> torch.Tensor:
+    tied = side.config.tie_word_embeddings
+    head = side.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"].load()
+    norm = side.tensors["model.norm.weight"].load()
+    head, norm = head.to(x.dtype), norm.to(x.dtype)
+    return torch.nn.functional.linear(lk.rms_norm(x, norm, side.config.rms_norm_eps), head)
+
+
+def _compare(x: torch.Tensor, y: torch.Tensor, where: str) -> None:
+    if not torch.equal(x, y):
+        if not x.isfinite().all():
+            raise IdentityError(f"the base itself is not finite at {where}, so nothing is proven")
+        difference = (x.double() - y.double()).abs().max().item()
+        raise IdentityError(
+            f"base and expanded model part at {where}: largest difference {difference:g},"
+            " expected none"
+        )
+
+
+def _proof_tokens(base: Checkpoint) -> torch.Tensor:
+    """Real text where the directory has a tokenizer, otherwise ids spread over the vocabulary."""
+    config = base.config
+    try:
+        ids = encode(load_tokenizer(base.path), PROOF_TEXT)
+    except (ImportError, FileNotFoundError):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(config.vocab_size, (64,), generator=generator).tolist()
+    if not ids or max(ids) >= config.vocab_size:
+        got = f"up to {max(ids)}" if ids else "none"
+        raise CheckpointError(
+            f"{base.path}/tokenizer.json: ids below vocab_size = {config.vocab_size} expected for"
+            f" the proof's text, got {got}"
+        )
+    return torch.tensor([ids])
+
+
+def frozen_verdict(run: Path) -> str:
+    """Compare, byte by byte, the frozen tensors of a run's model before and after."""
+    config = read_json(run / "config.json")
+    if config["trainable"] == "all":
+        return "nothing frozen"
+    before, after = Checkpoint(config["model"]), Checkpoint(run / "final")
+    new = tuple(f"model.layers.{i}." for i in before.config.new_blocks)
+    frozen = [name for name in before.tensors if not name.startswith(new)]
+    same = sum(same_bytes(before.tensors[n].load(), after.tensors[n].load()) for n in frozen)
+    verdict = "bit-identical" if same == len(frozen) else "CHANGED"
+    return f"{same} of {len(frozen)} {verdict}"
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype and the same bits."""
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def fingerprint(model: Llama) -> dict[str, str]:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from llamapro.checkpoint import Checkpoint
-from llamapro.data import Rows, load_tokens
-from llamapro.evaluate import perplexity
+from llamapro.data.tokens import TokenDataset, load_tokens
+from llamapro.eval.perplexity import perplexity
 from llamapro.hardware import pick_device
+from llamapro.hf import Checkpoint
+from llamapro.markdown import table
 from llamapro.model import Llama
-from llamapro.model_files import encode, load_tokenizer
-from llamapro.planner import table
+from llamapro.proof import frozen_verdict, same_bytes
 from llamapro.storage import new_directory, read_json
-from llamapro.train import TrainConfig
+from llamapro.tokenizer import encode, load_tokenizer
+from llamapro.train.config import TrainConfig
 
 NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"}
 PROMPT = "def read_lines(path):\n"
@@ -52,23 +53,6 @@ def report(
     return Path(out) / "report.md"
 
 
-def frozen_verdict(run: Path) -> str:
-    """Compare, byte by byte, the frozen tensors of a run's model before and after."""
-    config = read_json(run / "config.json")
-    if config["trainable"] == "all":
-        return "nothing frozen"
-    before, after = Checkpoint(config["model"]), Checkpoint(run / "final")
-    new = tuple(f"model.layers.{i}." for i in before.config.new_blocks)
-    frozen = [name for name in before.tensors if not name.startswith(new)]
-    same = sum(_same_bytes(before.tensors[n].load(), after.tensors[n].load()) for n in frozen)
-    verdict = "bit-identical" if same == len(frozen) else "CHANGED"
-    return f"{same} of {len(frozen)} {verdict}"
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
 def _read_run(path: Path) -> dict:
     if not (path / "summary.json").exists():
         raise FileNotFoundError(f"{path}: a finished run expected, got no summary.json")
@@ -87,7 +71,7 @@ def _read_run(path: Path) -> dict:
 def _check_base(base, run: dict) -> None:
     """Neither expansion nor the start of a run changes the embeddings."""
     start, name = run["config"]["model"], "model.embed_tokens.weight"
-    if not _same_bytes(*(Checkpoint(model).tensors[name].load() for model in (base, start))):
+    if not same_bytes(*(Checkpoint(model).tensors[name].load() for model in (base, start))):
         raise ValueError(
             f"{run['path']}: a run that started from {base} expected, got one from {start},"
             " whose embeddings differ"
@@ -114,7 +98,9 @@ def _measure(model_path, config: dict, max_tokens: int, prompt: str) -> dict:
     sets = {"domain": config["data"], **config["evaluate"]}
     values = {}
     for name, data in sets.items():
-        rows = Rows(load_tokens(data, "heldout", model.config.vocab_size), config["seq_len"])
+        rows = TokenDataset(
+            load_tokens(data, "heldout", model.config.vocab_size), config["seq_len"]
+        )
         values[name] = perplexity(model, rows, max_tokens)
     return {"perplexity": values, "continuation": complete(model, model_path, prompt)}
 
@@ -180,7 +166,7 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
 
 def _same_data(configs: list[dict]) -> str:
     """What the runs saw, when it was the same."""
-    names = ("data", "seed", "steps", "batch_size", "accumulation", "seq_len")
+    names = ("data", "seed", "steps", "batch_size", "gradient_accumulation_steps", "seq_len")
     if any(c[name] != configs[0][name] for c in configs for name in names):
         return "The runs differ in the data they saw."
     tokens = math.prod(configs[0][name] for name in names[2:])

@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from llamapro import checkpoint, evaluate, metrics, run_state
-from llamapro import train as module
-from llamapro.checkpoint import CheckpointError
-from llamapro.optimizer import Optimizer
-from llamapro.train import Interrupted, take_step, train
+from llamapro import hf
+from llamapro.eval import perplexity as evaluate
+from llamapro.model_files import CheckpointError
+from llamapro.train import Interrupted, metrics, train
+from llamapro.train import loop as module
+from llamapro.train import run as run_module
+from llamapro.train.loop import take_step
+from llamapro.train.optimizer import Optimizer
 from run_files import flip, records
 
 
 @pytest.fixture
 def config(config):
-    return replace(config, dtype="float32", accumulation=1)
+    return replace(config, dtype="float32", gradient_accumulation_steps=1)
 
 
 def test_base_files_that_change_during_the_run(config, at_step):
@@ -58,7 +61,7 @@ def undisturbed(config):
 
 
 def saved(config):
-    return [folder.name for folder in run_state.checkpoints(config.out)]
+    return [folder.name for folder in run_module.checkpoints(config.out)]
 
 
 def goes_on(config, monkeypatch):
@@ -118,7 +121,7 @@ def test_nothing_that_is_not_finite_is_saved(config, at_step, monkeypatch, kind)
 
 
 def test_masters_and_moments_are_checked(tiny):
-    optimizer = Optimizer(tiny(), clip=1.0, weight_decay=0.0, betas=(0.9, 0.95))
+    optimizer = Optimizer(tiny(), max_grad_norm=1.0, weight_decay=0.0, betas=(0.9, 0.95))
     optimizer.check_finite(1)
     for name, tensor in optimizer.state().items():
         tensor.view(-1)[-1] = float("nan")
@@ -167,7 +170,7 @@ def test_a_changed_checkpoint_is_refused_and_the_one_before_offered(
 
 def test_the_only_checkpoint_can_be_removed(config):
     train(replace(config, checkpoint_every=100))
-    flip_a_moment(run_state.checkpoints(config.out)[-1] / "state.json")
+    flip_a_moment(run_module.checkpoints(config.out)[-1] / "state.json")
     with pytest.raises(CheckpointError, match="remove it to start anew"):
         train(replace(config, checkpoint_every=100), resume=True)
 
@@ -236,7 +239,7 @@ def test_another_machine_is_said(config, monkeypatch, caplog):
     assert {"threads", "build", "torch", "version", "processor"} == set(summary["environment"])
     assert summary["environment"]["threads"] == threads
     other = {**summary["environment"], "threads": 99, "torch": "3.0"}
-    monkeypatch.setattr(run_state, "environment", lambda device: other)
+    monkeypatch.setattr(run_module, "environment", lambda device: other)
     train(config, resume=True)
     expected = f"torch was {torch.__version__}, is 3.0, threads was {threads}, is 99"
     assert f"resumed: {expected}, so the bits may differ" in caplog.text
@@ -244,7 +247,7 @@ def test_another_machine_is_said(config, monkeypatch, caplog):
 
 def full_disk(monkeypatch, steps):
     """As these steps are saved, the disk is full after some bytes."""
-    write, failed = checkpoint.write_safetensors, []
+    write, failed = hf.write_safetensors, []
 
     def full(path, entries):
         step = int(path.parent.name.split(".")[1][5:]) if "step-" in str(path) else None
@@ -254,7 +257,7 @@ def full_disk(monkeypatch, steps):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, entries)
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    monkeypatch.setattr(run_module, "write_safetensors", full)
     return failed
 
 
@@ -275,7 +278,7 @@ def test_it_is_not_tried_forever(config, monkeypatch):
     )
     with pytest.raises(OSError, match=message):
         train(config)
-    assert failed == [*range(20, 31)] and len(failed) == 1 + run_state.RETRIES
+    assert failed == [*range(20, 31)] and len(failed) == 1 + run_module.RETRIES
     goes_on(config, monkeypatch)
 
 

@@ -2,20 +2,20 @@
 
 import torch
 
-from llamapro.data import Rows
+from llamapro.data.tokens import TokenDataset
 from llamapro.model import Llama
 
 ROWS_AT_A_TIME = 4
 
 
 @torch.no_grad()
-def perplexity(model: Llama, rows: Rows, max_tokens: int | None = None) -> dict:
-    """{"loss", "perplexity", "tokens"} over the rows that `spread` gives.
+def perplexity(model: Llama, rows: TokenDataset, max_tokens: int | None = None) -> dict:
+    """{"loss", "perplexity", "tokens"} over the rows that `evenly_spaced_indices` gives.
 
-    The loss is in nats per token. Rows are independent: each starts without context.
+    The loss is in nats per token. TokenDataset are independent: each starts without context.
     """
     device = model.embed_tokens.weight.device
-    places = spread(rows, max_tokens)
+    places = evenly_spaced_indices(rows, max_tokens)
     total = 0.0
     for start in range(0, len(places), ROWS_AT_A_TIME):
         batch = [rows.row(place) for place in places[start : start + ROWS_AT_A_TIME]]
@@ -28,7 +28,7 @@ def perplexity(model: Llama, rows: Rows, max_tokens: int | None = None) -> dict:
     return {"loss": loss, "perplexity": value, "tokens": tokens}
 
 
-def spread(rows: Rows, max_tokens: int | None = None) -> list[int]:
+def evenly_spaced_indices(rows: TokenDataset, max_tokens: int | None = None) -> list[int]:
     """Places of whole rows, evenly spread, with at most `max_tokens` or one row; all by default.
 
     Raises ValueError when `max_tokens` is below 1.

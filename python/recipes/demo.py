@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 import tyro
-
-from llamapro import assets
 from llamapro.cli import said_in_one_line
-from llamapro.data import prepare
+from llamapro.data.prepare import prepare
 from llamapro.expansion import expand_checkpoint
 from llamapro.hardware import pick_device, pick_dtype
+from llamapro.markdown import table
 from llamapro.model import Llama
-from llamapro.planner import table
 from llamapro.report import command, report
 from llamapro.storage import write_json
-from llamapro.train import freeze
+from llamapro.train.loop import freeze
+
+from recipes import assets
 
 NEW_BLOCKS = 6
 SEQ_LEN = 512

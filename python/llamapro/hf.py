@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable
@@ -13,8 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llamapro.config import LlamaConfig
-from llamapro.model import Block, Llama
+from llamapro.config import LAYER, LlamaConfig, stock_shapes
 from llamapro.model_files import (
     COMPANIONS,
     CheckpointError,
@@ -25,7 +23,7 @@ from llamapro.model_files import (
     parse_config,
     read_object,
 )
-from llamapro.storage import new_directory, one_line, shown, write_json
+from llamapro.storage import one_line, shown, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,14 +34,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-# The parts of a block's fused matrices, rows after rows.
-PARTS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o_proj": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down_proj": ("mlp.down_proj",),
-}
 # Some old files carry these; they follow from the configuration.
 DERIVED = ("rotary_emb.inv_freq",)
 
@@ -193,43 +183,11 @@ class Checkpoint:
         self._open_file = None
 
 
-def load(path, *, dtype: torch.dtype | None = None, device="cpu") -> Llama:
-    """See `Llama.from_pretrained`."""
-    checkpoint = Checkpoint(path)
-    with torch.device("meta"):
-        model = Llama(checkpoint.config).to(dtype or checkpoint.dtype)
-    model.to_empty(device=device)
-    model.tie()
-    fill(stock_tensors(model), checkpoint)
-    checkpoint.close()
-    return model
-
-
-@torch.no_grad()
-def load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> Block:
-    """One block alone, on the CPU."""
-    with torch.device("meta"):
-        block = Block(checkpoint.config).to(dtype)
-    block.to_empty(device="cpu")
-    fill(block_tensors(block, checkpoint.config, f"model.layers.{index}."), checkpoint)
-    return block
-
-
 @torch.no_grad()
 def fill(tensors: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
     """Copy the checkpoint's values into these tensors, by stock name."""
     for name, tensor in tensors.items():
         tensor.copy_(checkpoint.tensors[name].load())
-
-
-def save(model: Llama, out, *, files_from=None) -> Path:
-    """See `Llama.save_pretrained`."""
-    if model.config.tie_word_embeddings and model.lm_head.weight is not model.embed_tokens.weight:
-        raise ValueError("embeddings are tied, but lm_head.weight is another parameter: call tie()")
-    entries = entries_of({name: t.detach() for name, t in stock_tensors(model).items()})
-    with new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
-        write_model(directory, model.config, entries, files_from=files_from)
-    return Path(out)
 
 
 def write_model(
@@ -280,66 +238,6 @@ def write_safetensors(path: Path, entries: Iterable[TensorEntry]) -> None:
         for entry in entries:
             values = entry.load().to("cpu", entry.dtype).contiguous()
             file.write(values.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def stock_tensors(model: Llama) -> dict[str, torch.Tensor]:
-    """Every tensor under its stock Hugging Face name; parts of fused matrices as views."""
-    tensors = {"model.embed_tokens.weight": model.embed_tokens.weight}
-    for i, block in enumerate(model.blocks):
-        tensors |= block_tensors(block, model.config, f"model.layers.{i}.")
-    tensors["model.norm.weight"] = model.norm
-    if not model.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = model.lm_head.weight
-    return tensors
-
-
-def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, torch.Tensor]:
-    """A block's tensors under their stock names."""
-    shapes = block_shapes(config)
-    tensors = {
-        f"{prefix}input_layernorm.weight": block.attention_norm,
-        f"{prefix}post_attention_layernorm.weight": block.mlp_norm,
-    }
-    for matrix, names in PARTS.items():
-        rows = [shapes[f"{name}.weight"][0] for name in names]
-        for kind, parameter in getattr(block, matrix).named_parameters():
-            pieces = zip(names, parameter.split(rows), strict=True)
-            tensors |= {f"{prefix}{name}.{kind}": piece for name, piece in pieces}
-    return tensors
-
-
-def stock_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Stock names and shapes of a whole model, by arithmetic alone: no model is built."""
-    table = (config.vocab_size, config.hidden_size)
-    shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (config.hidden_size,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = table
-    block = block_shapes(config)
-    for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    return shapes
-
-
-def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Stock names, without the block's, and shapes of a block's tensors."""
-    width, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    matrices = {
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-    }
-    shapes = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
-    for name, shape in matrices.items():
-        shapes[f"{name}.weight"] = shape
-        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
-            shapes[f"{name}.bias"] = shape[:1]
-    return shapes
 
 
 def _shards(entries: list[TensorEntry], max_bytes: int) -> list[list[TensorEntry]]:

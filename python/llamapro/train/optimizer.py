@@ -18,7 +18,7 @@ class Optimizer:
     its class would load the compiler, 75 MB of a process that may never compile.
     """
 
-    def __init__(self, model: Llama, *, clip: float, weight_decay: float, betas):
+    def __init__(self, model: Llama, *, max_grad_norm: float, weight_decay: float, betas):
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("no trainable parameter: every tensor of the model is frozen")
@@ -27,7 +27,7 @@ class Optimizer:
                 "betas of 0 to below 1 and a weight decay of at least 0 expected,"
                 f" got {betas} and {weight_decay}"
             )
-        self.clip, self.weight_decay, self.betas = clip, weight_decay, betas
+        self.max_grad_norm, self.weight_decay, self.betas = max_grad_norm, weight_decay, betas
         self.pairs = {name: (p, self._master(p)) for name, p in trainable.items()}
         self.moments = {
             name: {kind: torch.zeros_like(master) for kind in MOMENTS}
@@ -57,7 +57,7 @@ class Optimizer:
     def clip_and_check(self, loss: torch.Tensor, step: int) -> float:
         """Clip the gradient and return its norm; raises before anything non-finite is applied."""
         masters = [master for _, master in self.pairs.values()]
-        norm = torch.nn.utils.clip_grad_norm_(masters, self.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(masters, self.max_grad_norm).item()
         if not (math.isfinite(norm) and math.isfinite(loss.item())):
             raise FloatingPointError(
                 f"step {step}: loss {loss.item()} and gradient norm {norm}, finite ones expected;"

@@ -3,106 +3,23 @@
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Literal
 
 import torch
 
-from llamapro import planner, run_state
-from llamapro.checkpoint import Checkpoint
-from llamapro.data import Rows, digest, load_tokens
-from llamapro.evaluate import perplexity
-from llamapro.hardware import (
-    keep_freed_memory,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    resident_memory,
-)
-from llamapro.model import Llama, LlamaConfig
-from llamapro.optimizer import Optimizer
-from llamapro.progress import Progress
-from llamapro.stopping import Interrupted, asked_to_stop
+from llamapro import planner
+from llamapro.config import LlamaConfig
+from llamapro.data.tokens import TokenDataset, fingerprint, load_tokens
+from llamapro.eval.perplexity import perplexity
+from llamapro.hardware import keep_freed_memory, peak_memory, pick_device, resident_memory
+from llamapro.hf import Checkpoint
+from llamapro.model import Llama
+from llamapro.train.config import TrainConfig, schedule
+from llamapro.train.optimizer import Optimizer
+from llamapro.train.progress import Progress
+from llamapro.train.run import Run
+from llamapro.train.stopping import Interrupted, asked_to_stop
 
 log = logging.getLogger("llamapro")
-
-TRAINABLE = ("new_blocks", "all")
-DTYPES = ("auto", "bfloat16", "float32")
-
-
-@dataclass
-class TrainConfig:
-    """One run. The defaults are the paper's (LLaMA Pro, section 4.1), but for the sizes.
-
-    Raises ValueError for settings that make no sense.
-    """
-
-    model: str
-    """Hugging Face Llama directory; expanded, unless everything is trained."""
-    data: str
-    """Directory made by `llamapro prepare`."""
-    out: str
-    """Run directory: metrics, checkpoints, and the final model."""
-    trainable: Literal["new_blocks", "all"] = "new_blocks"
-    """What is trained: the blocks that expansion added, or everything."""
-    steps: int = 100
-    """Optimizer steps."""
-    batch_size: int = 4
-    """Rows of a micro-batch."""
-    accumulation: int = 1
-    """Micro-batches of a step."""
-    seq_len: int = 512
-    """Tokens of a row."""
-    learning_rate: float = 2e-4
-    """The highest, after the warm-up."""
-    warmup: float = 0.06
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = 0.1
-    """Of matrices; norms and biases have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of weights and activations; auto: bfloat16, unless fp32 is twice as fast here."""
-    device: str = "auto"
-    """auto is CUDA when there is one."""
-    memory: str | None = None
-    """What there is, such as 80GB: blocks keep less for backward until a step fits."""
-    seed: int = 0
-    """Of the order of the rows."""
-    evaluate: dict[str, str] = field(default_factory=dict)
-    """Further held-out sets, name to data directory."""
-    eval_every: int = 50
-    """Steps between evaluations; there is one before and one after."""
-    eval_tokens: int = 16384
-    """Of each held-out set."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
-    verify: bool = False
-    """Hash all of the tokens at the start, also beyond 4 GB, where a sample is hashed otherwise."""
-
-    def __post_init__(self):
-        for name, allowed in (("trainable", TRAINABLE), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        counts = ("steps", "batch_size", "accumulation", "seq_len")
-        for name in (*counts, "eval_every", "eval_tokens", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        for name, most in (("warmup", 1), ("weight_decay", math.inf), ("seed", math.inf)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must lie in 0..{most}, got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in 0..1, below 1, got {self.betas}")
-        if self.memory is not None:
-            planner.parse_bytes(self.memory)
-        if "domain" in self.evaluate:
-            raise ValueError("the held-out set 'domain' is that of data; name the further one else")
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> dict:
@@ -116,17 +33,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     RuntimeError for a frozen tensor that changed, before they can reach a checkpoint; OSError when
     checkpoints cannot be written; and Interrupted after Ctrl-C, SIGTERM or SIGHUP.
     """
-    config = replace(config, **run_state.whole_paths(asdict(config)))
-    if not resume and Path(config.out).exists():
-        raise FileExistsError(f"{config.out} exists: resume it, or name a new run directory")
-    device = pick_device(config.device)
+    run = Run.resume(config) if resume else Run.start(config)
+    config, device = run.config, pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory(config.memory is None)
-    if config.dtype == "auto":
-        started = run_state.settings(config.out)["dtype"] if resume else pick_dtype(device)
-        config = replace(config, dtype=started)
-    if resume:
-        run_state.check_settings(config)
     shape = Checkpoint(config.model).config
     if config.seq_len > shape.max_position_embeddings:
         log.warning(
@@ -136,20 +46,19 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             shape.max_position_embeddings,
         )
     rows, heldout = _open_data(config, shape.vocab_size)
-    data = {name: digest(path, verify=config.verify) for name, path in _sets(config).items()}
+    data = {name: fingerprint(path, verify=config.verify) for name, path in _sets(config).items()}
     save = _policies(config, shape, device)
     model = Llama.from_pretrained(config.model, getattr(torch, config.dtype), device)
     freeze(model, config.trainable)
     for block, policy in zip(model.blocks, save, strict=True):
         block.save = policy
     optimizer = Optimizer(
-        model, clip=config.clip, weight_decay=config.weight_decay, betas=config.betas
+        model,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
     )
-    with (
-        run_state.open_run(config, model, optimizer, data, resume=resume) as run,
-        asked_to_stop() as stop,
-    ):
-        step = run.restore()
+    with run.open(model, optimizer, data) as step, asked_to_stop() as stop:
         with Progress(config.steps, step) as progress:
             _run_steps(run, rows, heldout, step, progress, stop)
         return run.finish(peak_memory(device))
@@ -166,7 +75,7 @@ def _run_steps(run, rows, heldout, step, progress, stop) -> None:
         metrics = take_step(model, run.optimizer, rows, config, step)
         step += 1
         seconds = time.perf_counter() - began
-        rate = config.batch_size * config.accumulation * config.seq_len / seconds
+        rate = config.batch_size * config.gradient_accumulation_steps * config.seq_len / seconds
         record = {"step": step, **metrics, **run.metrics.z_scores(metrics)}
         record["tokens_per_second"] = rate
         run.metrics.append(record)
@@ -192,14 +101,14 @@ def _save(run, step: int, last: bool, stop: list) -> None:
         raise
 
 
-def take_step(model, optimizer, rows: Rows, config: TrainConfig, step: int) -> dict:
+def take_step(model, optimizer, rows: TokenDataset, config: TrainConfig, step: int) -> dict:
     """One optimizer step on the rows that are due.
 
     The loss is the sum over the valid targets of all micro-batches by their number, so that
     accumulation gives the gradient of one large batch.
     """
     device = model.embed_tokens.weight.device
-    count = config.batch_size * config.accumulation
+    count = config.batch_size * config.gradient_accumulation_steps
     tokens, targets = rows.batch(step * count, count)
     valid = int((targets != -100).sum())
     if not valid:
@@ -214,15 +123,6 @@ def take_step(model, optimizer, rows: Rows, config: TrainConfig, step: int) -> d
     norm = optimizer.clip_and_check(loss, step + 1)
     optimizer.step(learning_rate)
     return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": learning_rate}
-
-
-def schedule(config: TrainConfig, step: int) -> float:
-    """Learning rate of the step after `step`: linear warm-up, then a cosine to zero."""
-    warmup = max(1, round(config.warmup * config.steps))
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def freeze(model: Llama, trainable: str) -> None:
@@ -250,11 +150,11 @@ def _policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> 
         ) from None
 
 
-def _open_data(config: TrainConfig, vocab: int) -> tuple[Rows, dict[str, Rows]]:
+def _open_data(config: TrainConfig, vocab: int) -> tuple[TokenDataset, dict[str, TokenDataset]]:
     """Training rows, and the held-out rows of the domain and of the further sets."""
-    rows = Rows(load_tokens(config.data, "train", vocab), config.seq_len, config.seed)
+    rows = TokenDataset(load_tokens(config.data, "train", vocab), config.seq_len, config.seed)
     return rows, {
-        name: Rows(load_tokens(data, "heldout", vocab), config.seq_len)
+        name: TokenDataset(load_tokens(data, "heldout", vocab), config.seq_len)
         for name, data in _sets(config).items()
     }
 
@@ -264,7 +164,7 @@ def _sets(config: TrainConfig) -> dict[str, str]:
     return {"domain": config.data, **config.evaluate}
 
 
-def _evaluate(run, heldout: dict[str, Rows], step: int, progress: Progress) -> None:
+def _evaluate(run, heldout: dict[str, TokenDataset], step: int, progress: Progress) -> None:
     """Perplexity on the held-out sets, to metrics.jsonl and to the reader."""
     values = {
         name: perplexity(run.model, rows, run.config.eval_tokens)["perplexity"]

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from llamapro.stopping import say
+from llamapro.train.stopping import say
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
 OUTLIER = 5.0  # standard deviations

@@ -23,11 +23,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from llamapro import checkpoint, storage
-from llamapro.checkpoint import Checkpoint, CheckpointError
-from llamapro.hardware import environment
-from llamapro.metrics import Metrics
+from llamapro import storage
+from llamapro.hardware import environment, pick_device, pick_dtype
+from llamapro.hf import Checkpoint, entries_of, write_model, write_safetensors
+from llamapro.model import stock_tensors
+from llamapro.model_files import CheckpointError
 from llamapro.proof import combined, difference, digest, digests, fingerprint
+from llamapro.train.metrics import Metrics
 
 KEPT = 2
 RETRIES = 10  # of a checkpoint that could not be written, one after each step
@@ -36,15 +38,55 @@ log = logging.getLogger("llamapro")
 
 
 class Run:
-    """An open run directory, and the model that is trained there, not yet changed."""
+    """A run, with its settings settled: `start` and `resume` look at everything that can be wrong
+    with them and write nothing; `open` makes the directory, or takes the one that is there."""
 
-    def __init__(self, config, model, optimizer, data: dict[str, str]):
-        self.config, self.model, self.optimizer, self.data = config, model, optimizer, data
-        self.path = Path(config.out)
-        self.metrics = Metrics(self.path / "metrics.jsonl")
-        self.frozen = fingerprint(model)
-        self.environment = environment(model.norm.device)
+    def __init__(self, config, resumed: bool):
+        self.config, self.resumed, self.path = config, resumed, Path(config.out)
         self.failures = 0
+
+    @classmethod
+    def start(cls, config) -> "Run":
+        """A new run: paths are whole, and dtype "auto" is one. Raises FileExistsError."""
+        config = _whole(config)
+        if Path(config.out).exists():
+            raise FileExistsError(f"{config.out} exists: resume it, or name a new run directory")
+        if config.dtype == "auto":
+            config = replace(config, dtype=pick_dtype(pick_device(config.device)))
+        return cls(config, False)
+
+    @classmethod
+    def resume(cls, config) -> "Run":
+        """The run at config.out, with the dtype that it was started with.
+
+        Raises FileNotFoundError or ValueError when it is no run, ValueError for other settings.
+        """
+        config = _whole(config)
+        started = settings(config.out)
+        if config.dtype == "auto":
+            config = replace(config, dtype=started["dtype"])
+        _check_same(config, started)
+        return cls(config, True)
+
+    @contextmanager
+    def open(self, model, optimizer, data: dict[str, str]) -> Iterator[int]:
+        """Make or take the directory, go back to the newest checkpoint, and give its step, 0 when
+        there is none. The model is as it was loaded.
+
+        data: a fingerprint of each set's tokens, by name. Raises BlockingIOError when another
+        process works on the run, and as `restore`.
+        """
+        if not self.resumed:
+            with storage.new_directory(self.path) as directory:
+                storage.write_json(directory / "config.json", asdict(self.config))
+        with storage.lock(self.path):
+            for partial in (self.path / "checkpoints").glob(".*.partial"):
+                shutil.rmtree(partial)
+            self.model, self.optimizer, self.data = model, optimizer, data
+            self.metrics = Metrics(self.path / "metrics.jsonl")
+            self.frozen = fingerprint(model)
+            self.environment = environment(model.norm.device)
+            yield self.restore()
 
     def save(self, step: int, *, last: bool = False) -> None:
         """Write a checkpoint, or say why it could not be, for the caller to try after a further
@@ -72,7 +114,7 @@ class Run:
         self._check_frozen(step)
         self.optimizer.check_finite(step)
         tensors = self.optimizer.state()
-        entries = checkpoint.entries_of(tensors)
+        entries = entries_of(tensors)
         state = {
             "step": step,
             "frozen": self.frozen,
@@ -86,7 +128,7 @@ class Run:
         out = self.path / "checkpoints" / f"step-{step:08d}"
         with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
             storage.write_json(directory / "state.json", {**state, "digest": _digest(state)})
-            checkpoint.write_safetensors(directory / "state.safetensors", entries)
+            write_safetensors(directory / "state.safetensors", entries)
         for old in checkpoints(self.path)[:-KEPT]:
             _remove(old)
 
@@ -152,23 +194,6 @@ class Run:
             raise RuntimeError(f"step {step}: what is frozen changed: {changed}; it was not saved")
 
 
-@contextmanager
-def open_run(config, model, optimizer, data: dict[str, str], *, resume: bool) -> Iterator[Run]:
-    """A new run directory, or one that exists when `resume`.
-
-    data: a digest of each set's tokens, by name. Raises FileExistsError, and BlockingIOError when
-    another process works on the run.
-    """
-    path = Path(config.out)
-    if not resume:
-        with storage.new_directory(path) as directory:
-            storage.write_json(directory / "config.json", asdict(config))
-    with storage.lock(path):
-        for partial in (path / "checkpoints").glob(".*.partial"):
-            shutil.rmtree(partial)
-        yield Run(config, model, optimizer, data)
-
-
 def settings(run) -> dict:
     """The settings a run was started with. FileNotFoundError or ValueError when it is no run."""
     file = Path(run) / "config.json"
@@ -186,32 +211,30 @@ def settings(run) -> dict:
     return config
 
 
-def whole_paths(settings: dict) -> dict:
-    """Those that name directories, as absolute paths: a run may go on from anywhere."""
+def _whole(config):
+    """With absolute paths of the directories that are there: a run may go on from anywhere."""
+    return replace(config, **_whole_paths(asdict(config)))
 
+
+def _whole_paths(settings: dict) -> dict:
     def whole(path):
         return str(Path(path).resolve()) if Path(path).exists() else path
 
     evaluate = {name: whole(path) for name, path in settings["evaluate"].items()}
-    return {
-        "model": whole(settings["model"]),
-        "data": whole(settings["data"]),
-        "evaluate": evaluate,
-    }
+    paths = {name: whole(settings[name]) for name in ("model", "data")}
+    return {**paths, "evaluate": evaluate}
 
 
-def check_settings(config) -> None:
-    """Raise ValueError unless the settings are those of the run at config.out."""
-    path, now = Path(config.out), json.loads(json.dumps(asdict(config)))
-    then = settings(path)
-    then |= whole_paths(then)
+def _check_same(config, started: dict) -> None:
+    """Raise ValueError unless these are the settings that the run was started with."""
+    now, then = json.loads(json.dumps(asdict(config))), {**started, **_whole_paths(started)}
     changed = [
         f"{name} was {then.get(name)!r}, got {now[name]!r}"
         for name in now
         if name not in MAY_DIFFER and then.get(name) != now[name]
     ]
     if changed:
-        raise ValueError(f"{path}: a resumed run keeps its settings: {'; '.join(changed)}")
+        raise ValueError(f"{config.out}: a resumed run keeps its settings: {'; '.join(changed)}")
 
 
 def checkpoints(run) -> list[Path]:
@@ -271,7 +294,7 @@ def save_trained(model, base: Checkpoint, out: Path, frozen: dict[str, str]) -> 
     Raises RuntimeError when these are no longer what was trained with, of which `frozen` has the
     digests.
     """
-    tensors = checkpoint.stock_tensors(model)
+    tensors = stock_tensors(model)
 
     def value(entry):
         tensor = tensors[entry.name]
@@ -284,7 +307,7 @@ def save_trained(model, base: Checkpoint, out: Path, frozen: dict[str, str]) -> 
 
     entries = [replace(e, load=lambda e=e: value(e)) for e in base.tensors.values()]
     with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
-        checkpoint.write_model(directory, model.config, entries, files_from=base.path)
+        write_model(directory, model.config, entries, files_from=base.path)
 
 
 def _random_state() -> dict[str, str]:

@@ -6,15 +6,11 @@ import struct
 
 import pytest
 import torch
-from llamapro import Llama, checkpoint
-from llamapro.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    TensorEntry,
-    stock_shapes,
-    stock_tensors,
-    write_safetensors,
-)
+from llamapro import Llama, hf
+from llamapro.config import stock_shapes
+from llamapro.hf import Checkpoint, TensorEntry, write_safetensors
+from llamapro.model import stock_tensors
+from llamapro.model_files import CheckpointError
 from safetensors.torch import load_file, save_file
 
 
@@ -212,8 +208,7 @@ def test_shapes_by_arithmetic_are_those_of_a_model(tiny, tied, biases):
 def test_layers_are_counted_before_anything_is_built(tiny_path, monkeypatch):
     file = tiny_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 999}))
-    monkeypatch.setattr(checkpoint, "Llama", None)
-    monkeypatch.setattr(checkpoint, "stock_shapes", None)
+    monkeypatch.setattr(hf, "stock_shapes", None)
     with pytest.raises(CheckpointError, match=r"num_hidden_layers = 4 expected, .* says 999"):
         Llama.from_pretrained(tiny_path)
 

@@ -1,0 +1,94 @@
+"""The settings of a run, and the learning rate that follows from them."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llamapro import planner
+
+TRAINABLE = ("new_blocks", "all")
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+@dataclass
+class TrainConfig:
+    """One run. The defaults are the paper's (LLaMA Pro, section 4.1), but for the sizes.
+
+    Raises ValueError for settings that make no sense.
+    """
+
+    model: str
+    """The Hugging Face Llama directory to train: an expanded one, unless everything is trained."""
+    data: str
+    """The directory of tokens that `llamapro prepare` made."""
+    out: str
+    """The run directory that is made: metrics, checkpoints, and the final model."""
+    trainable: Literal["new_blocks", "all"] = "new_blocks"
+    """What is trained: the blocks that expansion added, or everything."""
+    steps: int = 100
+    """How many optimizer steps are taken."""
+    batch_size: int = 4
+    """How many rows a micro-batch has."""
+    gradient_accumulation_steps: int = 1
+    """How many micro-batches a step has."""
+    seq_len: int = 512
+    """How many tokens a row has."""
+    learning_rate: float = 2e-4
+    """The peak learning rate, which is reached after the warm-up."""
+    warmup_ratio: float = 0.06
+    """The share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.1
+    """How much matrices decay; norms and biases do not."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """The two decay rates of AdamW's moments."""
+    max_grad_norm: float = 1.0
+    """The norm to which a larger gradient is clipped."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """The dtype of weights and activations; auto is bfloat16, unless fp32 is twice as fast here."""
+    device: str = "auto"
+    """The device to train on; auto is CUDA when there is one."""
+    memory: str | None = None
+    """How much memory there is, such as 80GB: blocks recompute more in backward until a step
+    fits."""
+    seed: int = 0
+    """The seed of the order of the rows."""
+    evaluate: dict[str, str] = field(default_factory=dict)
+    """Further held-out sets that are evaluated, each a name and a data directory."""
+    eval_every: int = 50
+    """How many steps lie between evaluations; there is one before and one after."""
+    eval_tokens: int = 16384
+    """How many tokens of each held-out set are evaluated."""
+    checkpoint_every: int = 50
+    """How many steps lie between checkpoints."""
+    verify: bool = False
+    """Hash all of the tokens at the start, also beyond 4 GB, where a sample is hashed otherwise."""
+
+    def __post_init__(self):
+        for name, allowed in (("trainable", TRAINABLE), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        counts = ("steps", "batch_size", "gradient_accumulation_steps", "seq_len")
+        for name in (*counts, "eval_every", "eval_tokens", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name, most in (("warmup_ratio", 1), ("weight_decay", math.inf), ("seed", math.inf)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must lie in 0..{most}, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in 0..1, below 1, got {self.betas}")
+        if self.memory is not None:
+            planner.parse_bytes(self.memory)
+        if "domain" in self.evaluate:
+            raise ValueError("the held-out set 'domain' is that of data; name the further one else")
+
+
+def schedule(config: TrainConfig, step: int) -> float:
+    """Learning rate of the step after `step`: linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(config.warmup_ratio * config.steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

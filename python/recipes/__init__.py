@@ -1,0 +1,1 @@
+"""Whole runs of the method; not installed."""

@@ -1,9 +1,12 @@
 # Every target makes .venv itself. PYTHON=python3.12 chooses the interpreter, once.
 PYTHON ?= python3
 STEPS ?= 60
+WORKERS ?= 2
 BIN := .venv/bin
+# Tests run side by side, with one thread each.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo sweep test sanitize bench lint
+.PHONY: demo sweep test wheel sanitize bench lint
 
 # The whole method on real input, to runs/demo-60/report; STEPS=200 for a longer run.
 demo: .venv/installed
@@ -13,21 +16,28 @@ demo: .venv/installed
 sweep: .venv/installed
 	PYTHONPATH=python $(BIN)/python -m recipes.demo --sweep --steps $(STEPS) --out runs/sweep-$(STEPS)
 
-# Everything; the builds for lesser CPUs than this one, and the compiled ops with fewer and more
-# threads than cores; all without compiled ops; the Triton kernels in their interpreter (on a GPU the
-# first line runs them).
-test: .venv/installed
-	$(BIN)/python -m pytest tests
-	for set in $$($(BIN)/python -c "from llamapro_kernels import library; print(*library._runnable_builds()[1:])"); do LLAMAPRO_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q tests/test_ops.py tests/test_cpp.py -k cpp || exit; done
-	for n in 1 5; do OMP_NUM_THREADS=$$n $(BIN)/python -m pytest -q tests/test_ops.py tests/test_cpp.py -k cpp || exit; done
-	LLAMAPRO_NO_EXTENSION=1 $(BIN)/python -m pytest -q tests/test_ops.py tests/test_library.py tests/test_model.py tests/test_peers.py
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_ops.py tests/test_triton.py tests/test_peers.py -k "not reference and not cpp"
+# Style; everything; the builds for lesser CPUs than this one; what runs without compiled ops; the
+# Triton kernels in their interpreter (on a GPU the first line runs them); the wheel.
+test: lint
+	$(TEST) tests
+	for set in $$($(BIN)/python -c "from llamapro_kernels import cpu; print(*cpu._runnable_builds()[1:])"); do LLAMAPRO_CPU_CAPABILITY=$$set $(TEST) tests/test_ops.py tests/test_cpp.py tests/test_extremes.py -k cpp || exit; done
+	LLAMAPRO_NO_EXTENSION=1 $(TEST) tests/test_library.py tests/test_block.py tests/test_model.py tests/test_peers.py
+	TRITON_INTERPRET=1 $(TEST) tests/test_ops.py tests/test_triton.py tests/test_extremes.py tests/test_peers.py -k "not reference and not cpp"
+	$(MAKE) wheel
+
+# A wheel, in an environment that has nothing else, runs the README's example.
+wheel: .venv/installed
+	rm -rf build/wheel build/empty
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo build/wheel/*.whl)[train]"
+	cd build/empty && bin/python ../../tests/try_wheel.py
 
 # The compiled ops, built with the address and undefined-behaviour sanitizers, on their tests.
 sanitize: .venv/installed
 	LLAMAPRO_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -q -o pythonpath=build/sanitize/lib tests/test_ops.py tests/test_cpp.py -k "cpp and not compile"
+		$(TEST) -o pythonpath=build/sanitize/lib tests/test_ops.py tests/test_cpp.py tests/test_extremes.py -k "cpp and not compile"
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -25,6 +25,7 @@ from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
 from llamapro.hardware import matmul_rate, pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.model_files import read_config
+from llamapro.placement import PLACEMENTS
 from llamapro.storage import one_line
 from llamapro.train.config import DTYPES, TrainConfig
 from llamapro.train.loop import train as run_training
@@ -46,12 +47,13 @@ def expand(
     """Add identity blocks to a model directory and prove that nothing changed.
 
     Args:
-        base: Hugging Face Llama directory.
-        out: New directory for the expanded model.
-        new_blocks: How many blocks to add.
-        placement: interleaved, prefix, suffix, or positions in the expanded stack: 4,9,14.
-        per_group: Interleaved only: how many blocks are copied onto each group.
-        keep_new: Count the new blocks of an expanded base as new still.
+        base: The Hugging Face Llama directory to expand.
+        out: The new directory that the expanded model is written to.
+        new_blocks: How many blocks are added.
+        placement: Where they go: interleaved, top_half, prefix, suffix, or positions in the
+            expanded stack, such as 4,9,14.
+        per_group: How many blocks are copied onto each group of interleaved ones.
+        keep_new: Of an expanded base, count the earlier new blocks as new still.
     """
     where = placement
     if set(placement) <= set("0123456789-,[] "):  # as people and `llamapro plan` write positions
@@ -77,12 +79,13 @@ def prepare(
     """Turn text files into a data directory for training and evaluation.
 
     Args:
-        sources: UTF-8 files, or folders searched for the pattern; what is hidden there is left out.
-        tokenizer: Model directory with a tokenizer.json.
-        out: New data directory.
-        pattern: File names to take from folders, such as *.py.
-        heldout: Share of the text to set aside, by whole files.
-        separator: Token after each document; by default the model's end of sequence.
+        sources: The UTF-8 files, or folders that are searched for the pattern; what is hidden there
+            is left out.
+        tokenizer: The model directory whose tokenizer.json is used.
+        out: The new data directory that is written.
+        pattern: Which file names are taken from folders, such as *.py.
+        heldout: The share of the text that is set aside for evaluation, by whole files.
+        separator: The token after each document; by default the model's end of sequence.
     """
     meta = prepare_module.prepare(
         sources, tokenizer, out, pattern=pattern, heldout=heldout, separator=separator
@@ -114,10 +117,12 @@ def evaluate(
     """Perplexity of a model on the held-out part of a data directory, as JSON.
 
     Args:
-        model: Hugging Face Llama directory.
-        data_directory: Made by `llamapro prepare`.
-        max_tokens: Evenly spread over the part; all of it by default.
-        dtype: bfloat16, float32 or auto: bfloat16, unless fp32 is twice as fast here.
+        model: The Hugging Face Llama directory to evaluate.
+        data_directory: The data directory that `llamapro prepare` made.
+        seq_len: How many tokens a row has; each row starts without context.
+        max_tokens: How many tokens are evaluated, evenly spaced; all of them by default.
+        dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
+        device: The device to run on; auto is CUDA when there is one.
     """
     tokens = load_tokens(data_directory, "heldout", read_config(model).vocab_size)
     rows = TokenDataset(tokens, seq_len)
@@ -140,9 +145,13 @@ def generate(
     """Continue a text.
 
     Args:
-        model: Hugging Face Llama directory.
-        temperature: 0 is greedy.
+        model: The Hugging Face Llama directory to run.
+        prompt: The text that is continued.
+        max_new_tokens: How many tokens are added at most.
+        temperature: How random the choice is; 0 takes the most probable token.
         top_p: Sample from the smallest set of tokens with this much probability.
+        dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
+        device: The device to run on; auto is CUDA when there is one.
     """
     report_module.encode_prompt(model, prompt)  # a bad one is refused at once
     llama = _load(model, dtype, device)
@@ -153,9 +162,9 @@ def generate(
 def plan(
     base: _positional(str, "BASE"),
     new_blocks: int,
-    placement: Literal[("every", *planner.PLANS)] = "every",
-    seq: int = 4096,
-    batch: int = 1,
+    placement: Literal[("every", *PLACEMENTS)] = "every",
+    seq_len: int = 4096,
+    batch_size: int = 1,
     memory: str | None = None,
     dtype: Literal[DTYPES[1:]] = "bfloat16",
     device: str = "auto",
@@ -163,23 +172,24 @@ def plan(
     """What post-pre-training will cost, from the configuration alone, before a weight is loaded.
 
     Args:
-        base: Hugging Face Llama directory, or a Hub name; only its config.json is read.
-        new_blocks: How many blocks to add.
-        placement: Where; every placement side by side by default.
-        seq: Tokens of a row.
-        batch: TokenDataset of a step.
-        memory: What there is, such as 80GB: finds what to save so that the step fits in 95 % of it.
-        dtype: Of weights and activations.
-        device: Whose matrix products bound the speed.
+        base: The Hugging Face Llama directory, or a Hub name; only its config.json is read.
+        new_blocks: How many blocks are added.
+        placement: Where they go; by default every placement is shown side by side.
+        seq_len: How many tokens a row has.
+        batch_size: How many rows a step has.
+        memory: How much memory there is, such as 80GB: blocks recompute more in backward until the
+            step fits in 95 % of it.
+        dtype: The dtype of weights and activations.
+        device: The device whose matrix products bound the speed.
     """
     where, kind = pick_device(device), getattr(torch, dtype)
     print(
         planner.plan(
             read_config(base),
             new_blocks,
-            planner.PLANS if placement == "every" else (placement,),
-            batch,
-            seq,
+            PLACEMENTS if placement == "every" else (placement,),
+            batch_size,
+            seq_len,
             limit=None if memory is None else planner.usable(memory),
             rate=matmul_rate(where, kind, 8192 if where.type == "cuda" else 1024),
             dtype=kind,
@@ -198,11 +208,11 @@ def report(
     """Compare a base with the finished runs that started from it: report.md and report.png.
 
     Args:
-        base: Hugging Face Llama directory.
-        runs: Run directories of `llamapro train`.
-        out: New directory for the report.
-        max_tokens: Measured of each held-out set.
-        prompt: Text that every model continues.
+        base: The Hugging Face Llama directory that the runs started from.
+        runs: The run directories of `llamapro train`.
+        out: The new directory that the report is written to.
+        max_tokens: How many tokens of each held-out set are measured.
+        prompt: The text that every model continues.
     """
     print(report_module.report(base, runs, out, max_tokens=max_tokens, prompt=prompt))
 

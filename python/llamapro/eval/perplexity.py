@@ -12,7 +12,7 @@ ROWS_AT_A_TIME = 4
 def perplexity(model: Llama, rows: TokenDataset, max_tokens: int | None = None) -> dict:
     """{"loss", "perplexity", "tokens"} over the rows that `evenly_spaced_indices` gives.
 
-    The loss is in nats per token. TokenDataset are independent: each starts without context.
+    The loss is in nats per token. Rows are independent: each starts without context.
     """
     device = model.embed_tokens.weight.device
     places = evenly_spaced_indices(rows, max_tokens)

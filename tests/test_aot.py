@@ -37,7 +37,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-
 pytestmark = pytest.mark.xdist_group("aot")  # one process compiles all, in threads of its own
 
 

@@ -171,7 +171,7 @@ def in_groups(rows):
 
 
 def step_about(row):
-    trained = "everything" if row["placement"] == "all" else f"new blocks, {row['placement']}"
+    trained = "full fine-tuning" if row["placement"] == "all" else f"new blocks, {row['placement']}"
     size = f"{row['batch']} x {row.get('length', 4096)}"  # older files do not say
     return row["model"], trained, size, SIDES[row["side"]]
 

@@ -111,7 +111,7 @@ def cpu_steps() -> str:
 def cpu_placements() -> str:
     """Time and memory of each placement, against ours with everything kept."""
     sides = {'recompute="mlp"': "mlp", 'recompute="block"': "block"}
-    sides |= {name: name for name in ("transformers", "transformers checkpointing")}
+    sides |= {gpu.SIDES[name]: name for name in ("transformers", "transformers checkpointing")}
     lines = table(("CPU", "placement", *sides))
     for report in results("cpu").values():
         for row in report.get("placement", {"rows": ()})["rows"]:

@@ -1,6 +1,16 @@
-"""The Markdown of a report of `benchmarks.gpu`, and the line that is printed for a row."""
+"""The Markdown of the reports of `benchmarks.gpu` and `benchmarks.gpu.step`, and a row's line."""
+
+import statistics
 
 UNITS = {"flops": (1e12, "TFLOP/s"), "bytes": (1e9, "GB/s")}
+SIDES = {  # of a step, as a reader knows them
+    "ours": "this library",
+    "composition": "our model in plain PyTorch, SDPA",
+    "transformers": "transformers",
+    "transformers checkpointing": "transformers, gradient checkpointing",
+    "transformers Liger": "transformers, Liger",
+    "transformers Liger checkpointing": "transformers, Liger, gradient checkpointing",
+}
 
 
 def markdown(report: dict) -> str:
@@ -121,6 +131,55 @@ def describe(row: dict) -> str:
         return f"{title(row)}: ok, {closest(row['errors']):.2f} of the bound"
     share = f"{rate(row['unit'], row['per_second'])}, {row['share_of_roof']:.0%} of the roof"
     return f"{title(row)}: {row['ms']:.3f} ms, {share}; {ratios(row)}"
+
+
+def step_markdown(report: dict) -> str:
+    """Every row of a report of `benchmarks.gpu.step`, and where the time of our steps goes."""
+    rows = in_groups(report["rows"])
+    head = ("model", "trained", "tokens a step", "side", "tokens/s", "of the roof", "peak GB")
+    lines = [step_facts(report), "", *table(head)]
+    lines += [cells(*step_about(row), *step_results(row, roof(report))) for row in rows]
+    profiled = [row for row in rows if "GPU ms" in row]
+    if profiled:
+        kinds = list(profiled[0]["GPU ms"])
+        lines += ["", *table((*head[:3], "planned GB", "step ms", *(f"{k}, ms" for k in kinds)))]
+    for row in profiled:
+        spent = [f"{row['GPU ms'][kind]:.1f}" for kind in kinds]
+        lines.append(cells(*step_about(row)[:3], row["planned GB"], row["step ms"], *spent))
+    return "\n".join(lines)
+
+
+def step_facts(report):
+    keys = ("commit", "torch", "triton", "transformers", "liger-kernel")
+    facts = [f"{key} {report[key]}" for key in keys]
+    rates = [row["roof TFLOP/s"] for row in report["rows"] if "failed" not in row]
+    if rates:
+        spread = f"{min(rates):.0f} to {max(rates):.0f}"
+        facts.append(f"the roof {roof(report):.0f} TFLOP/s, the median of the rows ({spread})")
+    return f"{report['device']}: {', '.join(facts)}."
+
+
+def roof(report):
+    """TFLOP/s of a large product, the median of the rows."""
+    rates = [row["roof TFLOP/s"] for row in report["rows"] if "failed" not in row]
+    return statistics.median(rates) if rates else None
+
+
+def in_groups(rows):
+    """By what is trained; there the fastest side first, and last what failed."""
+    return sorted(rows, key=lambda r: (r["model"], r["placement"], -r.get("tokens/s", 0)))
+
+
+def step_about(row):
+    trained = "full fine-tuning" if row["placement"] == "all" else f"new blocks, {row['placement']}"
+    size = f"{row['batch']} x {row.get('length', 4096)}"  # older files do not say
+    return row["model"], trained, size, SIDES[row["side"]]
+
+
+def step_results(row, roof):
+    if "failed" in row:
+        return row["failed"], "", ""
+    return f"{row['tokens/s']:.0f}", f"{row['TFLOP/s'] / roof:.2f}", f"{row['peak GB']:.1f}"
 
 
 def table(names):

@@ -35,7 +35,7 @@ from llamapro.storage import write_json
 
 import llamapro_kernels as lk
 from benchmarks.gpu.measure import installed
-from benchmarks.gpu.report import cells, table
+from benchmarks.gpu.report import step_markdown
 
 LLAMA2_7B = {"num_hidden_layers": 32}
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 5e5}
@@ -211,21 +211,6 @@ def row_in_a_process(arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def markdown(report):
-    """The rows as a table; those that failed say why."""
-    lines = table(("model", "new blocks", "batch", "side", "tokens/s", "of the roof", "peak GB"))
-    roofs = [row["roof TFLOP/s"] for row in report["rows"] if "failed" not in row]
-    for row in sorted(report["rows"], key=lambda row: (row["model"], row["placement"])):
-        results = row.get("failed"), "", ""
-        if "failed" not in row:
-            share = row["TFLOP/s"] / statistics.median(roofs)
-            results = row["tokens/s"], f"{share:.2f}", row["peak GB"]
-        size = f"{row['batch']} x {row.get('length', 4096)}"  # older files do not say
-        about = (row["model"], row["placement"], size, row["side"])
-        lines.append(cells(*about, *results))
-    return "\n".join(lines)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
@@ -235,7 +220,7 @@ def main():
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print its Markdown")
     options = parser.parse_args()
     if options.table:
-        print(markdown(json.loads(options.table.read_text())))
+        print(step_markdown(json.loads(options.table.read_text())))
         return
     if options.row:
         keep_freed_memory()

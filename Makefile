@@ -18,7 +18,7 @@ sweep: .venv/installed
 # first line runs them).
 test: .venv/installed
 	$(BIN)/python -m pytest tests
-	for set in $$($(BIN)/python -c "from llamapro_kernels import library; print(*library._runnable_builds()[1:])"); do LLAMAPRO_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q tests/test_ops.py tests/test_cpp.py -k cpp || exit; done
+	for set in $$($(BIN)/python -c "from llamapro_kernels import cpu; print(*cpu.runnable_builds()[1:])"); do LLAMAPRO_CPU_CAPABILITY=$$set $(BIN)/python -m pytest -q tests/test_ops.py tests/test_cpp.py -k cpp || exit; done
 	for n in 1 5; do OMP_NUM_THREADS=$$n $(BIN)/python -m pytest -q tests/test_ops.py tests/test_cpp.py -k cpp || exit; done
 	LLAMAPRO_NO_EXTENSION=1 $(BIN)/python -m pytest -q tests/test_ops.py tests/test_library.py tests/test_model.py tests/test_peers.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_ops.py tests/test_triton.py tests/test_peers.py -k "not reference and not cpp"

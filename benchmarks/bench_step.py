@@ -18,8 +18,8 @@ from llamapro.planner import slots_of
 from llamapro.train import freeze
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamapro_kernels import library
-from llamapro_kernels.product import matmul
+from llamapro_kernels import cpu, library
+from llamapro_kernels.matmul import matmul
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -34,7 +34,7 @@ SMOLLM2 = {
 }
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 MM, ADDMM, ADDMM_ = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
-TILED = library.cpp.matmul.default if library.CPU_BUILD else None
+TILED = cpu.ops.matmul.default if cpu.BUILD else None
 PRODUCTS = (MM.default, MM.out, ADDMM.default, ADDMM.out, ADDMM_.default, ONEDNN, TILED)
 CASES = [
     ("bfloat16", 2, 512, "new_blocks"),

@@ -13,13 +13,13 @@ import torch
 from compare import DEVICE
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.hardware import keep_freed_memory, peak_memory
-from llamapro.optimizer import Optimizer
-from llamapro.planner import slots_of
-from llamapro.train import freeze
+from llamapro.placement import place_blocks
+from llamapro.train.loop import freeze
+from llamapro.train.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamapro_kernels import library
-from llamapro_kernels.product import matmul
+from llamapro_kernels import cpu, library
+from llamapro_kernels.matmul import matmul
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -34,7 +34,7 @@ SMOLLM2 = {
 }
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 MM, ADDMM, ADDMM_ = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
-TILED = library.cpp.matmul.default if library.CPU_BUILD else None
+TILED = cpu.ops.matmul.default if cpu.BUILD else None
 PRODUCTS = (MM.default, MM.out, ADDMM.default, ADDMM.out, ADDMM_.default, ONEDNN, TILED)
 CASES = [
     ("bfloat16", 2, 512, "new_blocks"),
@@ -47,7 +47,7 @@ CASES = [
 def checkpoint(path, dtype="bfloat16", placement="interleaved"):
     """A directory that both sides load: random weights, six new blocks."""
     torch.manual_seed(0)
-    slots = slots_of(SMOLLM2["num_hidden_layers"], 6, placement)
+    slots = place_blocks(SMOLLM2["num_hidden_layers"], 6, placement)
     positions = [i for i, slot in enumerate(slots) if slot.new]
     model = expand(Llama(LlamaConfig(**SMOLLM2)), placement=positions)
     return str(model.to(getattr(torch, dtype)).save_pretrained(path))
@@ -171,7 +171,7 @@ def test_step(compare, benchmark, case, tmp_path):
         }
 
 
-@pytest.mark.parametrize("placement", ["interleaved", "interleaved in the top half", "suffix"])
+@pytest.mark.parametrize("placement", ["interleaved", "top_half", "suffix"])
 def test_placement(compare, benchmark, placement, tmp_path):
     """What is kept for backward, against transformers with and without gradient checkpointing."""
     keep_freed_memory()

@@ -1,4 +1,4 @@
-// Matrix products in bf16, for CPUs with AMX: llamapro_kernels/product.py says when they are used.
+// Matrix products in bf16, for CPUs with AMX: llamapro_kernels/matmul.py says when they are used.
 //
 // A task is some columns of the result, and a part of its rows. It packs the columns of B itself; A
 // is taken as it lies, or packed before for all tasks.

@@ -1,7 +1,7 @@
-// Copies of matrices in the forms that the products of `product.h` take.
+// Copies of matrices in the forms that the products of `gemm.h` take.
 #pragma once
 
-#include "product.h"
+#include "gemm.h"
 
 namespace llamapro {
 namespace {

@@ -26,7 +26,7 @@ from functools import partial
 
 import torch
 
-from llamapro_kernels import attention_triton, library
+from llamapro_kernels import attention_triton, cpu, library
 from llamapro_kernels.attention_triton import LOG2E
 
 LARGEST_SCALE = torch.finfo(torch.float32).max / LOG2E  # in base 2 it is still a number
@@ -131,13 +131,13 @@ def _fake_backward_packed(do, q, k, v, o, stats, cu_seqlens, causal, scale, wind
 def _attend_cpp(q, k, v, cu_seqlens, causal, scale, window):
     o, stats = _fake(q, k, v, cu_seqlens, causal, scale, window)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    library.cpp.flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, o, stats)
+    cpu.ops.flash_attention_forward(q, k, v, cu_seqlens, causal, scale, window, o, stats)
     return o, stats
 
 
 def _differentiate_cpp(do, q, k, v, o, stats, cu_seqlens, causal, scale, window, dq, dk, dv):
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    library.cpp.flash_attention_backward(
+    cpu.ops.flash_attention_backward(
         do, q, k, v, o, stats, cu_seqlens, causal, scale, window, dq, dk, dv
     )
 

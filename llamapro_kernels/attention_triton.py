@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from llamapro_kernels import library
-from llamapro_kernels.library import TensorDescriptor, tl, triton
+from llamapro_kernels import gpu
+from llamapro_kernels.gpu import TensorDescriptor, tl, triton
 
-INTERPRETED = tl.constexpr(library.INTERPRETED) if tl else None
+INTERPRETED = tl.constexpr(gpu.INTERPRETED) if tl else None
 LOG2E = 1.4426950408889634  # the softmax is taken in base 2, for which GPUs have an instruction
 L2_BYTES = 2**24  # for what the programs of the heads that run together all read
 PROGRAMS_PER_PROCESSOR = 4  # at least so many run before the next heads start
@@ -63,7 +63,7 @@ TILES = {
 HELD_IN_REGISTERS = {("sm_90", "dq", 128), ("sm_90", "dkv", 256)}
 
 
-@library.jit
+@gpu.jit
 def attention_forward_kernel(
     q, k, v, o, stats, starts, ends, q_strides, k_strides, v_strides, o_strides,
     queries, keys, heads, group, together, scale, window,
@@ -108,7 +108,7 @@ def attention_forward_kernel(
     tl.store(stats + queries + row, tl.log2(divisor), mask=row < queries)
 
 
-@library.jit
+@gpu.jit
 def _attend(
     state, own, k_from, v_from, scale, begin, end,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
@@ -136,7 +136,7 @@ def _attend(
     return acc, total, peak
 
 
-@library.jit
+@gpu.jit
 def attention_delta_kernel(
     do, o, delta, do_strides, o_strides, queries, heads,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -156,7 +156,7 @@ def attention_delta_kernel(
     tl.store(delta + row, tl.sum(tl.where(diagonal, products, 0), 1), mask=row < queries)
 
 
-@library.jit
+@gpu.jit
 def attention_dq_kernel(
     do, q, k, v, stats, delta, dq, starts, ends,
     do_strides, q_strides, k_strides, v_strides, dq_strides,
@@ -200,7 +200,7 @@ def attention_dq_kernel(
     _store_tile((dq, dq_strides, batch, head, queries), first, acc, HEAD_DIM)
 
 
-@library.jit
+@gpu.jit
 def _add_dq(
     acc, own, k_from, v_from, scale, begin, end,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
@@ -220,7 +220,7 @@ def _add_dq(
     return acc
 
 
-@library.jit
+@gpu.jit
 def attention_dkv_kernel(
     do, q, k, v, stats, delta, dk, dv, starts, ends,
     do_strides, q_strides, k_strides, v_strides, dk_strides,
@@ -273,7 +273,7 @@ def attention_dkv_kernel(
         _store_tile((dv, dk_strides, batch, head, keys), first, acc[1], HEAD_DIM)
 
 
-@library.jit
+@gpu.jit
 def _add_dkv(
     acc, own, rows_from, scale, begin, end,
     MASKED: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
@@ -303,7 +303,7 @@ def _add_dkv(
     return dk, dv
 
 
-@library.jit
+@gpu.jit
 def _transposed_product(a, b):
     """a b^T, with the bits of b a^T, which NumPy, in the interpreter, does not give by itself."""
     if INTERPRETED:
@@ -312,7 +312,7 @@ def _transposed_product(a, b):
         return tl.dot(a, b.T, input_precision="ieee")
 
 
-@library.jit
+@gpu.jit
 def _own_tile(length, heads, together, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
     """(first row, head, batch) of this program.
 
@@ -330,7 +330,7 @@ def _own_tile(length, heads, together, LAST_FIRST: tl.constexpr, BLOCK: tl.const
     return tile * BLOCK, head % heads, head // heads
 
 
-@library.jit
+@gpu.jit
 def _seen_keys(row, queries, keys, window, starts, ends, CAUSAL: tl.constexpr):
     """A query sees a contiguous range of keys, low <= key < high; both rise with the query."""
     row = tl.minimum(row, queries - 1)
@@ -346,7 +346,7 @@ def _seen_keys(row, queries, keys, window, starts, ends, CAUSAL: tl.constexpr):
     return low, high
 
 
-@library.jit
+@gpu.jit
 def _seeing_queries(column, queries, keys, window, starts, ends, CAUSAL: tl.constexpr):
     """The inverse: a key is seen by the queries low <= query < high."""
     column = tl.minimum(column, keys - 1)
@@ -362,7 +362,7 @@ def _seeing_queries(column, queries, keys, window, starts, ends, CAUSAL: tl.cons
     return low, high
 
 
-@library.jit
+@gpu.jit
 def _phases(first, last, BLOCK: tl.constexpr):
     """The loop in three: begin..whole and tail..end need a mask, whole..tail does not.
 
@@ -375,7 +375,7 @@ def _phases(first, last, BLOCK: tl.constexpr):
     return begin, whole, tail, end
 
 
-@library.jit
+@gpu.jit
 def _tile(
     source, start, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
 ):
@@ -391,19 +391,19 @@ def _tile(
     return tile
 
 
-@library.jit
+@gpu.jit
 def _in_registers(tile, row, length):
     """A tile that compilers keep in registers: a mask, which changes nothing, goes through them."""
     return tl.where((row < length)[:, None], tile, 0)
 
 
-@library.jit
+@gpu.jit
 def _store_tile(target, start, tile, HEAD_DIM: tl.constexpr):
     pointers, mask = _tile_pointers(target, start, HEAD_DIM, tile.shape[1], tile.shape[0])
     tl.store(pointers, tile, mask=mask)
 
 
-@library.jit
+@gpu.jit
 def _tile_pointers(source, start, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     x, strides, batch, head, length = source
     row, column = start + tl.arange(0, BLOCK)[:, None], tl.arange(0, DIM)[None, :]
@@ -412,25 +412,25 @@ def _tile_pointers(source, start, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLO
     return at, (row < length) & (column < HEAD_DIM)
 
 
-@library.jit
+@gpu.jit
 def _row_of_head(x, batch, head, heads, queries):
     """Where this head's row of delta (B, H, T) begins."""
     return x + (batch.to(tl.int64) * heads + head) * queries
 
 
-@library.jit
+@gpu.jit
 def _stats_of_head(stats, batch, head, heads, queries):
     """Where this head's peaks in stats (B, H, 2, T) begin; log2 of the totals comes after them."""
     return stats + (batch.to(tl.int64) * heads + head) * 2 * queries
 
 
-@library.jit
+@gpu.jit
 def _saved_stats(stats, row, queries):
     peak = tl.load(stats + row, mask=row < queries, other=0)
     return peak, tl.load(stats + queries + row, mask=row < queries, other=0)
 
 
-@library.jit
+@gpu.jit
 def _saved_delta(delta, row, queries):
     return tl.load(delta + row, mask=row < queries, other=0)
 
@@ -439,7 +439,7 @@ def attend(q, k, v, cu_seqlens, causal, scale, window):
     o = q.new_empty(q.shape)
     stats = q.new_empty((q.shape[0], q.shape[2], 2, q.shape[1]), dtype=torch.float32)
     tile, tma = _tile_rule("forward", q, k, v)
-    library.launch(
+    gpu.launch(
         attention_forward_kernel,
         _grid(q, tile["BLOCK_Q"]),
         _operand(q, tile["BLOCK_Q"], tma),
@@ -471,9 +471,9 @@ def differentiate(do, q, k, v, o, stats, cu_seqlens, causal, scale, window, dq, 
 
 def _delta(do, o):
     delta = o.new_empty((o.shape[0], o.shape[2], o.shape[1]), dtype=torch.float32)
-    interpreted = library.architecture(o.device) == "interpreter"
+    interpreted = gpu.architecture(o.device) == "interpreter"
     rows = 16 if interpreted else 4096 // max(64, _padded(o))
-    library.launch(
+    gpu.launch(
         attention_delta_kernel,
         _grid(o, rows),
         *(do, o, delta, do.stride(), o.stride(), o.shape[1], o.shape[2]),
@@ -487,7 +487,7 @@ def _delta(do, o):
 
 def _launch_dq(do, q, k, v, stats, delta, dq, bounds, causal, scale, window):
     tile, tma = _tile_rule("dq", q, k, v, do)
-    library.launch(
+    gpu.launch(
         attention_dq_kernel,
         _grid(q, tile["BLOCK_Q"]),
         *(_operand(x, tile["BLOCK_Q"], tma) for x in (do, q)),
@@ -506,7 +506,7 @@ def _launch_dkv(do, q, k, v, stats, delta, dk, dv, bounds, causal, scale, window
     """dk or dv is None when it is not wanted; for dv alone so are v and delta."""
     v = k if v is None else v
     tile, tma = _tile_rule("dkv", q, k, v, do)
-    library.launch(
+    gpu.launch(
         attention_dkv_kernel,
         _grid(k, tile["BLOCK_K"]),
         *(_operand(x, tile["BLOCK_Q"], tma) for x in (do, q)),
@@ -546,7 +546,7 @@ def _heads_together(own, other, block):
     size = 2 * max(1, read) * other.shape[1] * other.shape[3] * other.element_size()
     cached = max(1, L2_BYTES // max(1, size)) * max(1, readers)
     tiles = max(1, triton.cdiv(own.shape[1], block))
-    together = max(cached, PROGRAMS_PER_PROCESSOR * library.processors(own.device) // tiles)
+    together = max(cached, PROGRAMS_PER_PROCESSOR * gpu.processors(own.device) // tiles)
     heads = own.shape[0] * own.shape[2]
     return triton.cdiv(heads, triton.cdiv(heads, together)) if heads else 1
 
@@ -569,19 +569,19 @@ def _tile_rule(kernel, *operands):
     x, dim = operands[0], _padded(operands[0])
     if dim > 256:
         raise ValueError(f"the kernels take head dimensions up to 256, got {x.shape[3]}")
-    gpu, single = library.architecture(x.device), x.dtype == torch.float32
-    tma = gpu in ("sm_90", "sm_100") and not single and all(map(_describable, operands))
-    if gpu == "interpreter":
+    chip, single = gpu.architecture(x.device), x.dtype == torch.float32
+    tma = chip in ("sm_90", "sm_100") and not single and all(map(_describable, operands))
+    if chip == "interpreter":
         tile = (16, 16, 4, 1)  # so that the short sequences of tests take several
     else:
-        gpu = "sm_86" if gpu in ("sm_90", "sm_100") and not tma else gpu
+        chip = "sm_86" if chip in ("sm_90", "sm_100") and not tma else chip
         if single:
-            gpu = "gfx942 fp32" if gpu == "gfx942" else "fp32"
-        tile = TILES[gpu][kernel][max(64, dim)]
+            chip = "gfx942 fp32" if chip == "gfx942" else "fp32"
+        tile = TILES[chip][kernel][max(64, dim)]
     names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
     options = {"DIM": dim, **dict(zip(names, tile, strict=True))}
     if kernel != "forward":
-        options["HELD"] = (gpu, kernel, dim) in HELD_IN_REGISTERS
+        options["HELD"] = (chip, kernel, dim) in HELD_IN_REGISTERS
     return options, tma
 
 

@@ -32,7 +32,7 @@ from llamapro_kernels.attention import (
     check_operands,
     check_window,
 )
-from llamapro_kernels.product import linear, matmul
+from llamapro_kernels.matmul import linear, matmul
 from llamapro_kernels.rope import check_constant
 
 Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

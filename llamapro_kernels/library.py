@@ -3,38 +3,20 @@
 An op file calls `define` once for the schema and `Op.register` once for each backend that can
 serve it. Callers see one ``torch.ops.llamapro.<name>`` whatever runs underneath, so adding a
 backend never touches a caller.
-
-Triton is optional: without it, or a GPU, the kernels stay plain functions that nothing calls. An op
-file says ``from __future__ import annotations``, so that ``tl.constexpr`` in a signature needs no
-Triton.
 """
 
-import ctypes
 import functools
 import math
 import os
-import platform
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.autograd import forward_ad
 
+from llamapro_kernels import cpu, gpu
 from llamapro_kernels.flops import register_flop_formula
-
-# Triton takes half a second to import: that is for those who can run it, in its interpreter too, or
-# who compile its kernels for another machine (LLAMAPRO_TRITON=1). It looks when a kernel is
-# defined, so changing these variables after the import does nothing.
-triton = tl = TensorDescriptor = None
-if "1" in map(os.environ.get, ("TRITON_INTERPRET", "LLAMAPRO_TRITON")) or torch.cuda.is_available():
-    with suppress(ImportError):
-        import triton
-        from triton import language as tl  # noqa: F401
-        from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: F401
-
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 BACKENDS = ("triton", "cpp", "reference")  # in order of preference
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,8 +49,8 @@ class Op:
                 raise RuntimeError(
                     f"{self.name} has no {forced!r} backend, it has {sorted(self.implementations)}"
                 )
-            if forced == "cpp" and WHY_NO_EXTENSION:
-                raise RuntimeError(f"{self.name} has no 'cpp' backend here: {WHY_NO_EXTENSION}")
+            if forced == "cpp" and cpu.WHY_NO_BUILD:
+                raise RuntimeError(f"{self.name} has no 'cpp' backend here: {cpu.WHY_NO_BUILD}")
             return forced
         return next(
             b for b in BACKENDS if b in self.implementations and _runs_on(b, device_type, dtype)
@@ -166,61 +148,10 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 @functools.cache
-def cpu_words() -> set[str]:
-    """What Linux says of the CPU, its maker and its flags among it; nothing elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-
-
-def _runnable_builds() -> list[str]:
-    """The builds of csrc/ that this CPU can run, best first; LLAMAPRO_CPU_CAPABILITY names one."""
-    needed = {
-        "avx2": {"avx2", "fma", "f16c", "bmi2", "movbe"},
-        "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
-        "avx512_bf16": {"avx512_bf16"},
-        "amx": {"amx_tile", "amx_bf16"},
-    }
-    runnable = ["baseline"]
-    for name, more in needed.items():
-        if platform.machine() != "x86_64" or not cpu_words() >= more:
-            break
-        if name == "amx" and not _tiles_are_granted():
-            break
-        runnable.insert(0, name)
-    asked = os.environ.get("LLAMAPRO_CPU_CAPABILITY")  # after Linux was asked for the tiles
-    return [asked] if asked else runnable
-
-
-def _tiles_are_granted() -> bool:
-    """Whether Linux lends this process the tiles of AMX, which it does when asked."""
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
-
-
-def _load_extension() -> tuple[str | None, str | None]:
-    """Load the compiled CPU ops as torch.ops.llamapro_cpp: which build, or why there is none."""
-    if os.environ.get("LLAMAPRO_NO_EXTENSION") == "1":
-        return None, "LLAMAPRO_NO_EXTENSION is 1"
-    paths = {name: Path(__file__).parent / f"cpu_{name}.so" for name in _runnable_builds()}
-    built = [name for name, path in paths.items() if path.exists()]
-    if not built:
-        return None, f"{next(iter(paths.values())).name} was not built"
-    try:
-        torch.ops.load_library(paths[built[0]])
-    except OSError as error:
-        return None, f"{paths[built[0]].name} does not load: {error}"
-    return built[0], None
-
-
-cpp = torch.ops.llamapro_cpp
-CPU_BUILD, WHY_NO_EXTENSION = _load_extension()
-
-
-@functools.cache
 def _say_once_that_cpu_ops_are_missing() -> None:
-    if not _forced and WHY_NO_EXTENSION and os.environ.get("LLAMAPRO_NO_EXTENSION") != "1":
+    if not _forced and cpu.WHY_NO_BUILD and os.environ.get("LLAMAPRO_NO_EXTENSION") != "1":
         warnings.warn(
-            f"llamapro_kernels: PyTorch serves the ops on a CPU, more slowly: {WHY_NO_EXTENSION}."
+            f"llamapro_kernels: PyTorch serves the ops on a CPU, more slowly: {cpu.WHY_NO_BUILD}."
             " `pip install --no-build-isolation` builds them where there is a C++ compiler.",
             stacklevel=2,
         )
@@ -245,52 +176,6 @@ def without_autocast(device_type: str):
     if autocast_dtype(device_type) is None:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
-
-
-def jit(function: Callable) -> Callable:
-    """``triton.jit`` where there is Triton."""
-    return function if triton is None else triton.jit(function)
-
-
-def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """Launch a Triton kernel on the device of its first tensor; an empty grid launches nothing."""
-    if 0 in grid:
-        return
-    with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
-        kernel[grid](*args, enable_fp_fusion=True, **options)  # off by default from Triton 3.10 on
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors (compute units) of a GPU; a few for the interpreter."""
-    if INTERPRETED:
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """What the tile rules call this GPU: any of AMD's gfx942, one of NVIDIA's without a name here
-    sm_86, which has least shared memory."""
-    if INTERPRETED:
-        return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get((major, minor), "sm_86")
-
-
-def warps_for(elements: int, device: torch.device) -> int:
-    """Warps that give each lane eight elements: in 16-bit dtypes one widest load."""
-    lanes = 64 if architecture(device).startswith("gfx") else 32
-    return max(1, min(16, elements // (8 * lanes)))
-
-
-def describable(matrix: torch.Tensor) -> bool:
-    """Whether a tensor descriptor (TMA) can read it: rows apart, and at 16-byte boundaries."""
-    row, column = matrix.stride()
-    aligned = matrix.data_ptr() % 16 == 0 and row * matrix.element_size() % 16 == 0
-    return matrix.numel() > 0 and aligned and column == 1 and row >= matrix.shape[1]
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -377,6 +262,6 @@ def _runs_on(backend: str, device_type: str, dtype: torch.dtype) -> bool:
         return False
     if backend == "triton":
         # The interpreter's bf16 is wrong: its dot reads the bits as integers, its add gives NaN.
-        interpretable = INTERPRETED and dtype != torch.bfloat16
-        return triton is not None and (device_type == "cuda" or interpretable)
-    return device_type == "cpu" and WHY_NO_EXTENSION is None
+        interpretable = gpu.INTERPRETED and dtype != torch.bfloat16
+        return gpu.triton is not None and (device_type == "cuda" or interpretable)
+    return device_type == "cpu" and cpu.WHY_NO_BUILD is None

@@ -22,9 +22,9 @@ from functools import partial
 
 import torch
 
-from llamapro_kernels import library
-from llamapro_kernels.library import tl, triton
-from llamapro_kernels.product import add_matmul, matmul, pieces
+from llamapro_kernels import cpu, gpu, library
+from llamapro_kernels.gpu import tl, triton
+from llamapro_kernels.matmul import add_matmul, matmul, pieces
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
 # Each chunk reads the whole weight again (and adds to the whole of dweight): this many tokens, at
@@ -93,7 +93,7 @@ def _check_targets(targets, ignore_index, vocabulary):
         )
 
 
-@library.jit
+@gpu.jit
 def cross_entropy_kernel(
     logits, targets, losses, peaks, log_totals, logits_row, vocabulary, ignore_index,
     BLOCK: tl.constexpr,
@@ -118,7 +118,7 @@ def cross_entropy_kernel(
     tl.store(log_totals + row, log_total)
 
 
-@library.jit
+@gpu.jit
 def dlogits_kernel(
     logits, targets, peaks, log_totals, dloss, logits_row, dloss_stride, vocabulary, ignore_index,
     BLOCK: tl.constexpr,
@@ -187,7 +187,7 @@ def _logits_by_chunk(x, weight):
 
 
 def _softmax_triton(logits, targets, ignore_index, losses, stats, want_gradient):
-    library.launch(
+    gpu.launch(
         cross_entropy_kernel,
         (len(logits),),
         *(logits, targets, losses, *stats),
@@ -202,7 +202,7 @@ def _softmax_triton(logits, targets, ignore_index, losses, stats, want_gradient)
 def _gradient_triton(logits, targets, ignore_index, stats, dloss):
     vocabulary = logits.shape[1]
     block = min(2048, triton.next_power_of_2(vocabulary))
-    library.launch(
+    gpu.launch(
         dlogits_kernel,
         (len(logits) * triton.cdiv(vocabulary, block),),
         *(logits, targets, *stats, dloss, logits.stride(0)),
@@ -213,12 +213,12 @@ def _gradient_triton(logits, targets, ignore_index, stats, dloss):
 
 
 def _softmax_cpp(logits, targets, ignore_index, losses, stats, want_gradient):
-    library.cpp.cross_entropy(logits, targets, ignore_index, *stats, losses, None, want_gradient)
+    cpu.ops.cross_entropy(logits, targets, ignore_index, *stats, losses, None, want_gradient)
 
 
 def _gradient_cpp(logits, targets, ignore_index, stats, dloss):
     dloss = library.contiguous_fp32(dloss)
-    library.cpp.cross_entropy(logits, targets, ignore_index, *stats, None, dloss, True)
+    cpu.ops.cross_entropy(logits, targets, ignore_index, *stats, None, dloss, True)
 
 
 def _fake(x, weight, targets, ignore_index, per_token, want_x, want_weight):

@@ -22,9 +22,9 @@ import math
 
 import torch
 
-from llamapro_kernels import library
-from llamapro_kernels.library import TensorDescriptor, tl, triton
-from llamapro_kernels.product import linear, matmul
+from llamapro_kernels import gpu, library
+from llamapro_kernels.gpu import TensorDescriptor, tl, triton
+from llamapro_kernels.matmul import linear, matmul
 from llamapro_kernels.swiglu import swiglu_forward_cpp, swiglu_reference
 
 # (BLOCK_M, BLOCK_I, BLOCK_N, warps, stages): tokens, columns of y, and the summed dimension.
@@ -43,7 +43,7 @@ def linear_swiglu_reference(x, weight):
     return swiglu_reference(torch.nn.functional.linear(x, weight))
 
 
-@library.jit
+@gpu.jit
 def linear_swiglu_kernel(
     x, weight, y, x_strides, weight_strides, tokens, width, summed,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -66,7 +66,7 @@ def linear_swiglu_kernel(
     tl.store(y + row * width + column, gate * tl.sigmoid(gate) * up, mask=mask)
 
 
-@library.jit
+@gpu.jit
 def _grouped_tile(tokens, width, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
     """First token and column. Eight tiles one below the other share their weights in the cache."""
     down, across = tl.cdiv(tokens, BLOCK_M), tl.cdiv(width, BLOCK_I)
@@ -77,7 +77,7 @@ def _grouped_tile(tokens, width, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr):
     return (8 * group + inside % rows) * BLOCK_M, inside // rows * BLOCK_I
 
 
-@library.jit
+@gpu.jit
 def _tile(
     matrix, strides, first, at, rows, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
@@ -97,19 +97,19 @@ def linear_swiglu_forward(x, weight):
     y = _fake(x, weight)
     x = library.as_rows(x)
     tokens, (width, summed) = len(x), (weight.shape[0] // 2, weight.shape[1])
-    gpu = library.architecture(x.device)
-    tma = gpu in ("sm_90", "sm_100") and x.dtype != torch.float32
-    tma = tma and all(map(library.describable, (x, weight)))
-    if gpu != "interpreter" and not tma:
-        gpu = "fp32" if x.dtype == torch.float32 else {"gfx942": gpu}.get(gpu, "sm_80")
-    block_m, block_i, block_n, warps, stages = TILES[gpu]
+    chip = gpu.architecture(x.device)
+    tma = chip in ("sm_90", "sm_100") and x.dtype != torch.float32
+    tma = tma and all(map(gpu.describable, (x, weight)))
+    if chip != "interpreter" and not tma:
+        chip = "fp32" if x.dtype == torch.float32 else {"gfx942": chip}.get(chip, "sm_80")
+    block_m, block_i, block_n, warps, stages = TILES[chip]
     operands = x, weight
     if tma:
         operands = (
             TensorDescriptor.from_tensor(x, [block_m, block_n]),
             TensorDescriptor.from_tensor(weight, [block_i, block_n]),
         )
-    library.launch(
+    gpu.launch(
         linear_swiglu_kernel,
         (triton.cdiv(tokens, block_m) * triton.cdiv(width, block_i),),
         *(*operands, y, x.stride(), weight.stride(), tokens, width, summed),

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
-from llamapro_kernels import library
-from llamapro_kernels.library import tl, triton
+from llamapro_kernels import cpu, gpu, library
+from llamapro_kernels.gpu import tl, triton
 
 ONE_PASS_WIDTH = 16384  # a wider row does not fit in the registers of a program
 ONE_PASS_WIDTH_DWEIGHT = 8192  # nor does one beside the sums for dweight
@@ -58,7 +58,7 @@ def add_rms_norm_backward_reference(dy, dtotal, total, weight, rstd, dweight_dty
     return dx if weight is None or dtotal is None else dx + dtotal, dweight
 
 
-@library.jit
+@gpu.jit
 def rms_norm_forward_kernel(
     x, residual, weight, y, total, rstd, rows, width, eps,
     x_row, x_col, residual_row, residual_col, weight_col,
@@ -79,7 +79,7 @@ def rms_norm_forward_kernel(
     tl.store(rstd + row, scale, mask=row < rows)
 
 
-@library.jit
+@gpu.jit
 def rms_norm_forward_wide_kernel(
     x, residual, weight, y, total, rstd, rows, width, eps,
     x_row, x_col, residual_row, residual_col, weight_col,
@@ -108,7 +108,7 @@ def rms_norm_forward_wide_kernel(
     tl.store(rstd + row, scale)
 
 
-@library.jit
+@gpu.jit
 def rms_norm_backward_kernel(
     dy, dtotal, x, weight, rstd, dx, partial, rows, width, rows_per_program,
     dy_row, dy_col, dtotal_row, dtotal_col, x_row, x_col, weight_col,
@@ -143,7 +143,7 @@ def rms_norm_backward_kernel(
         tl.store(partial, tl.sum(dweight, 0), mask=tl.arange(0, BLOCK) < width)
 
 
-@library.jit
+@gpu.jit
 def rms_norm_backward_wide_kernel(
     dy, dtotal, x, weight, rstd, dx, partial, rows, width, rows_per_program,
     dy_row, dy_col, dtotal_row, dtotal_col, x_row, x_col, weight_col,
@@ -183,7 +183,7 @@ def rms_norm_backward_wide_kernel(
         tl.debug_barrier()  # the next row reads the share that this one wrote
 
 
-@library.jit
+@gpu.jit
 def sum_of_rows_kernel(x, total, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK columns of all rows of x, fp32, in the dtype of total."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -196,7 +196,7 @@ def sum_of_rows_kernel(x, total, rows, width, ROWS: tl.constexpr, BLOCK: tl.cons
     tl.store(total + column, tl.sum(share, 0), mask=column < width)
 
 
-@library.jit
+@gpu.jit
 def _load(pointer, mask):
     return tl.load(pointer, mask=mask, other=0).to(tl.float32)
 
@@ -213,7 +213,7 @@ def add_rms_norm_forward(x, residual, weight, eps):
     kernel, tile = rms_norm_forward_kernel, _tile(x)
     if x.shape[1] > ONE_PASS_WIDTH:
         kernel, tile = rms_norm_forward_wide_kernel, WIDE_TILE
-    library.launch(
+    gpu.launch(
         kernel,
         (triton.cdiv(len(x), tile["ROWS"]),),
         *(x, residual, weight, y, total, rstd, *x.shape, eps),
@@ -239,9 +239,9 @@ def add_rms_norm_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
         kernel, tile = rms_norm_backward_wide_kernel, WIDE_TILE
     share, partial = tile["ROWS"], None
     if want_weight:  # a few programs a processor, so that partial stays small
-        share = max(share, triton.cdiv(rows, 2 * library.processors(x.device)))
+        share = max(share, triton.cdiv(rows, 2 * gpu.processors(x.device)))
         partial = x.new_empty((triton.cdiv(rows, share), width), dtype=torch.float32)
-    library.launch(
+    gpu.launch(
         kernel,
         (triton.cdiv(rows, share),),
         *(dy, dtotal, x, weight, rstd, dx, partial, rows, width, share),
@@ -258,7 +258,7 @@ def _sum_of_rows(partial, dtype):
     """In one launch, and half of the time of PyTorch's sum and cast."""
     total = partial.new_empty(partial.shape[1], dtype=dtype)
     grid = (triton.cdiv(partial.shape[1], 32),)
-    library.launch(
+    gpu.launch(
         sum_of_rows_kernel, grid, partial, total, *partial.shape, ROWS=64, BLOCK=32, num_warps=4
     )
     return total
@@ -269,7 +269,7 @@ def _tile(x, elements=2048):
     block = max(1, triton.next_power_of_2(x.shape[1]))
     rows = max(1, elements // block)
     most_warps = 8 if block <= 8192 else 16
-    warps = min(most_warps, library.warps_for(rows * block, x.device))
+    warps = min(most_warps, gpu.warps_for(rows * block, x.device))
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
 
 
@@ -288,7 +288,7 @@ def add_rms_norm_forward_cpp(x, residual, weight, eps):
     x, residual, *outputs = (
         None if t is None else library.as_rows(t) for t in (x, residual, y, total)
     )
-    library.cpp.rms_norm_forward(x, residual, library.contiguous_fp32(weight), eps, *outputs, rstd)
+    cpu.ops.rms_norm_forward(x, residual, library.contiguous_fp32(weight), eps, *outputs, rstd)
     return y, total, rstd
 
 
@@ -303,7 +303,7 @@ def add_rms_norm_backward_cpp(dy, dtotal, total, weight, rstd, dweight_dtype):
     dy, x = library.as_rows(dy), library.as_rows(total)
     if want_weight:
         partial = x.new_empty((torch.get_num_threads(), x.shape[1]), dtype=torch.float32)
-    library.cpp.rms_norm_backward(
+    cpu.ops.rms_norm_backward(
         *(dy, dtotal, x, library.contiguous_fp32(weight), rstd),
         *(library.as_rows(dx) if want_x else None, partial),
     )

@@ -17,8 +17,8 @@ from functools import partial
 
 import torch
 
-from llamapro_kernels import library
-from llamapro_kernels.library import tl, triton
+from llamapro_kernels import cpu, gpu, library
+from llamapro_kernels.gpu import tl, triton
 
 
 def rope_reference(x, cos, sin):
@@ -29,7 +29,7 @@ def rope_reference(x, cos, sin):
     return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), -1).to(x.dtype)
 
 
-@library.jit
+@gpu.jit
 def rope_kernel(
     q, k, cos, sin, q_out, k_out, length, q_heads, k_heads, half, sign,
     q_strides, k_strides, q_out_strides, k_out_strides, cos_time, cos_dim, sin_time, sin_dim,
@@ -55,7 +55,7 @@ def rope_kernel(
         _rotate_heads(k, k_out, k_strides, k_out_strides, c, s, k_heads, half, HEADS, HALF)
 
 
-@library.jit
+@gpu.jit
 def _rotate_heads(
     x, out, strides, out_strides, cos, sin, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
 ):
@@ -79,7 +79,7 @@ def _rotate_triton(q, k, cos, sin, sign, outputs):
     heads = [0 if x is None else x.shape[2] for x in (q, k)]
     half = max(1, triton.next_power_of_2(dim // 2))
     tile = max(1, min(1024 // half, max(512 // half, triton.next_power_of_2(max(heads)))))
-    library.launch(
+    gpu.launch(
         rope_kernel,
         (batch * length,),
         *(q, k, cos, sin, *outputs, length),
@@ -91,7 +91,7 @@ def _rotate_triton(q, k, cos, sin, sign, outputs):
         WANT_K=k is not None,
         HEADS=tile,
         HALF=half,
-        num_warps=library.warps_for(tile * half, some.device),
+        num_warps=gpu.warps_for(tile * half, some.device),
     )
 
 
@@ -105,7 +105,7 @@ def _rotate_cpp(q, k, cos, sin, sign, outputs):
     cos, sin = library.contiguous_fp32(cos), library.contiguous_fp32(sin)
     for x, out in zip((q, k), outputs, strict=True):
         if x is not None:
-            library.cpp.rope(x, cos, sin, sign, out)
+            cpu.ops.rope(x, cos, sin, sign, out)
 
 
 def _check_halves(cos, sin):

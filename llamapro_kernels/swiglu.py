@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from llamapro_kernels import library
-from llamapro_kernels.library import tl, triton
+from llamapro_kernels import cpu, gpu, library
+from llamapro_kernels.gpu import tl, triton
 
 
 def swiglu_reference(gate_up):
@@ -31,7 +31,7 @@ def swiglu_backward_reference(dy, gate_up):
     return torch.cat((dgate, dyf * gate * sigmoid), -1).to(gate_up.dtype)
 
 
-@library.jit
+@gpu.jit
 def swiglu_forward_kernel(
     gate_up, y, rows, width, gate_up_row, gate_up_col, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -42,7 +42,7 @@ def swiglu_forward_kernel(
     tl.store(y + row * width + column, g * tl.sigmoid(g) * u, mask=mask)
 
 
-@library.jit
+@gpu.jit
 def swiglu_backward_kernel(
     dy, gate_up, dgate_up, rows, width, dy_row, dy_col, gate_up_row, gate_up_col,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -58,7 +58,7 @@ def swiglu_backward_kernel(
     tl.store(dgate + width, dy * g * sigmoid, mask=mask)
 
 
-@library.jit
+@gpu.jit
 def _tile_indices(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Neighbouring programs lie in one row. The grid has one axis, for only it is long enough."""
     blocks = tl.cdiv(width, BLOCK)
@@ -72,7 +72,7 @@ def swiglu_forward(gate_up):
     gate_up = library.as_rows(gate_up)
     grid, tile = _tiling(gate_up, y.shape[-1])
     arguments = (gate_up, y, len(gate_up), y.shape[-1], *gate_up.stride())
-    library.launch(swiglu_forward_kernel, grid, *arguments, **tile)
+    gpu.launch(swiglu_forward_kernel, grid, *arguments, **tile)
     return y
 
 
@@ -81,26 +81,26 @@ def swiglu_backward(dy, gate_up):
     dy, gate_up = library.as_rows(dy), library.as_rows(gate_up)
     grid, tile = _tiling(gate_up, dy.shape[1])
     arguments = (dy, gate_up, dgate_up, *dy.shape, *dy.stride(), *gate_up.stride())
-    library.launch(swiglu_backward_kernel, grid, *arguments, **tile)
+    gpu.launch(swiglu_backward_kernel, grid, *arguments, **tile)
     return dgate_up
 
 
 def swiglu_forward_cpp(gate_up):
     y = _fake(gate_up)
-    library.cpp.swiglu_forward(library.as_rows(gate_up), library.as_rows(y))
+    cpu.ops.swiglu_forward(library.as_rows(gate_up), library.as_rows(y))
     return y
 
 
 def swiglu_backward_cpp(dy, gate_up):
     dgate_up = _fake_backward(dy, gate_up)
-    library.cpp.swiglu_backward(*map(library.as_rows, (dy, gate_up, dgate_up)))
+    cpu.ops.swiglu_backward(*map(library.as_rows, (dy, gate_up, dgate_up)))
     return dgate_up
 
 
 def _tiling(gate_up, width):
     block = max(1, min(1024, triton.next_power_of_2(width)))
     rows = 1024 // block
-    tile = {"ROWS": rows, "BLOCK": block, "num_warps": library.warps_for(1024, gate_up.device)}
+    tile = {"ROWS": rows, "BLOCK": block, "num_warps": gpu.warps_for(1024, gate_up.device)}
     return (triton.cdiv(len(gate_up), rows) * triton.cdiv(width, block),), tile
 
 

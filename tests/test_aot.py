@@ -27,10 +27,10 @@ import pytest
 import torch
 
 os.environ.setdefault("LLAMAPRO_TRITON", "1")  # as a script; conftest.py says so for pytest
-from llamapro_kernels import library
+from llamapro_kernels import gpu, library
 
 triton = pytest.importorskip("triton")
-if library.INTERPRETED:
+if gpu.INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -220,8 +220,8 @@ def recorded(target, op, case, function, arguments):
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(library, "architecture", lambda device: target),
-        mock.patch.object(library, "processors", lambda device: TARGETS[target].processors),
+        mock.patch.object(gpu, "architecture", lambda device: target),
+        mock.patch.object(gpu, "processors", lambda device: TARGETS[target].processors),
     ):
         function(*arguments)
     return [specialised(target, op, case, *call) for call in calls]
@@ -255,9 +255,9 @@ COUNTS = ("registers", "spilled", "shared", "narrow")  # recorded, as are the in
 
 
 def compiled(launch):
-    gpu = TARGETS[launch.target].gpu
-    kernel = triton.compile(launch.source, target=gpu, options=launch.options)
-    if gpu.backend == "hip":
+    target = TARGETS[launch.target].gpu
+    kernel = triton.compile(launch.source, target=target, options=launch.options)
+    if target.backend == "hip":
         code = kernel.asm["amdgcn"]
         registers, spilled = amd_resources(code)
     else:

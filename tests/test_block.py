@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
 )
 
 import llamapro_kernels as lk
-from llamapro_kernels import product
+from llamapro_kernels import matmul
 from llamapro_kernels.block import SAVE
 
 BATCH, LENGTH, WIDTH, HEADS, KV_HEADS, DIM, INNER = 2, 9, 24, 4, 2, 8, 20
@@ -254,8 +254,8 @@ def test_autocast(monkeypatch, emulated):
 
     Emulated: products in fp32, several pieces deep, that autocast must leave in fp32.
     """
-    monkeypatch.setattr(product, "EMULATED", {torch.bfloat16} if emulated else set())
-    monkeypatch.setattr(product, "COPIED", 16)
+    monkeypatch.setattr(matmul, "EMULATED", {torch.bfloat16} if emulated else set())
+    monkeypatch.setattr(matmul, "COPIED", 16)
     with torch.autocast("cpu", torch.bfloat16):
         ours = gradients(lk.decoder_block, WANTED["all"], torch.float32)
     plain = gradients(lk.decoder_block, WANTED["all"], torch.bfloat16)

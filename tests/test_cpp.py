@@ -12,11 +12,9 @@ from op_cases import CASES, plain_attention
 from test_ops import as_tuple, convert, draw, run
 
 import llamapro_kernels as lk
-from llamapro_kernels import library
+from llamapro_kernels import cpu, library
 
-pytestmark = pytest.mark.skipif(
-    library.WHY_NO_EXTENSION is not None, reason=str(library.WHY_NO_EXTENSION)
-)
+pytestmark = pytest.mark.skipif(cpu.WHY_NO_BUILD is not None, reason=str(cpu.WHY_NO_BUILD))
 
 MASKS = {
     "causal": {},
@@ -49,7 +47,7 @@ FOREIGN = {
 @pytest.mark.parametrize("build", FOREIGN)
 def test_a_build_has_the_instructions_of_its_cpus(build):
     """Any other would end the process there; objects of two builds were once mixed up."""
-    path = Path(library.__file__).parent / f"cpu_{build}.so"
+    path = Path(cpu.__file__).parent / f"cpu_{build}.so"
     if not path.exists() or not shutil.which("objdump"):
         pytest.skip("no such build, or no objdump to read it with")
     command = ["objdump", "--disassemble", "--no-show-raw-insn", path]
@@ -121,8 +119,8 @@ def test_matmul_over_several_pieces(sizes, across_a, across_b, threads):
     for count in (2, 5):
         threads(count)
         wide, total = torch.full((m, n // 32 * 32 + 32), 7.0).bfloat16(), torch.ones(m, n)
-        library.cpp.matmul(a, b, residual, wide[:, :n], None)
-        library.cpp.matmul(a, b, None, None, total)
+        cpu.ops.matmul(a, b, residual, wide[:, :n], None)
+        cpu.ops.matmul(a, b, None, None, total)
         once = {"rtol": 2**-8, "atol": 1e-4}  # half a unit of bf16, and the sums in fp32
         torch.testing.assert_close(wide[:, :n].double(), truth + residual.double(), **once)
         torch.testing.assert_close(total.double(), 1 + truth, rtol=1e-5, atol=1e-3)
@@ -212,11 +210,11 @@ def test_attention_takes_memory_only_for_what_is_wanted(wanted):
 
 def test_messages_say_got_and_expected():
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16 expected, got"):
-        library.cpp.swiglu_forward(torch.ones(2, 4).double(), torch.ones(2, 2).double())
+        cpu.ops.swiglu_forward(torch.ones(2, 4).double(), torch.ones(2, 2).double())
     with pytest.raises(RuntimeError, match="a matrix expected, got 3 dimensions"):
-        library.cpp.swiglu_forward(torch.ones(1, 2, 4), torch.ones(2, 2))
+        cpu.ops.swiglu_forward(torch.ones(1, 2, 4), torch.ones(2, 2))
     a = torch.ones(2, 4).bfloat16()
     with pytest.raises(RuntimeError, match="times bfloat16 as Float expected, got BFloat16"):
-        library.cpp.matmul(a, a.T, None, None, torch.ones(2, 2).bfloat16())
+        cpu.ops.matmul(a, a.T, None, None, torch.ones(2, 2).bfloat16())
     with pytest.raises(RuntimeError, match=r"\(M, K\) times \(K, N\) expected"):
-        library.cpp.matmul(a, a, None, torch.ones(2, 4).bfloat16(), None)
+        cpu.ops.matmul(a, a, None, torch.ones(2, 4).bfloat16(), None)

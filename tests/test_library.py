@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llamapro_kernels as lk
-from llamapro_kernels import library
+from llamapro_kernels import cpu, library
 
 OPS = {
     "add_rms_norm",
@@ -61,7 +61,7 @@ def extra_backend(monkeypatch):
         return op.implementations["reference"]["forward"](x, weight, eps)
 
     op.register("cpp", forward=forward, backward=op.implementations["reference"]["backward"])
-    monkeypatch.setattr(library, "WHY_NO_EXTENSION", None)
+    monkeypatch.setattr(cpu, "WHY_NO_BUILD", None)
     return calls
 
 
@@ -85,7 +85,7 @@ def test_a_missing_backend_is_an_error_not_a_fallback(monkeypatch):
     with lk.use_backend("triton"), pytest.raises(RuntimeError, match="swiglu has no 'triton'"):
         lk.swiglu(torch.ones(2, 4))
     monkeypatch.undo()
-    monkeypatch.setattr(library, "WHY_NO_EXTENSION", "cpu_avx2 was not built")
+    monkeypatch.setattr(cpu, "WHY_NO_BUILD", "cpu_avx2 was not built")
     with (
         lk.use_backend("cpp"),
         pytest.raises(RuntimeError, match="here: cpu_avx2 was not built"),
@@ -93,33 +93,10 @@ def test_a_missing_backend_is_an_error_not_a_fallback(monkeypatch):
         lk.swiglu(torch.ones(2, 4))
 
 
-def test_the_best_build_is_the_one_whose_instructions_are_all_there(monkeypatch):
-    """AMX is only there when Linux lends it too."""
-    avx2 = {"avx2", "fma", "f16c", "bmi2", "movbe"}
-    avx512 = avx2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    amx = avx512 | {"avx512_bf16", "amx_tile", "amx_bf16"}
-    monkeypatch.delenv("LLAMAPRO_CPU_CAPABILITY", raising=False)
-    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
-
-    def best(words, granted=True):
-        monkeypatch.setattr(library, "cpu_words", lambda: words)
-        monkeypatch.setattr(library, "_tiles_are_granted", lambda: granted)
-        return library._runnable_builds()[0]
-
-    assert best(set()) == "baseline"
-    assert best(avx2) == "avx2"
-    assert best(avx512) == best(amx - {"avx512_bf16"}) == "avx512"
-    assert best(amx - {"amx_tile"}) == best(amx, granted=False) == "avx512_bf16"
-    assert best(amx) == "amx"
-    monkeypatch.setenv("LLAMAPRO_CPU_CAPABILITY", "avx2")
-    assert library._runnable_builds() == ["avx2"]
-
-
 def test_a_machine_without_compiled_ops_is_told_so_once():
     code = """
     import warnings, torch
     import llamapro_kernels as lk
-    from llamapro_kernels import library
     assert set(lk.backends("cpu").values()) == {"reference"}, lk.backends("cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

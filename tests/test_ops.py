@@ -16,7 +16,7 @@ from op_cases import CASES, SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llamapro_kernels as lk
-from llamapro_kernels import library, product
+from llamapro_kernels import library, matmul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST_SUM = 128  # of all cases: the vocabulary, rounded up
@@ -50,7 +50,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", 3)
     monkeypatch.setattr(module, "CHUNK_TOKENS_CPU", 3)
     monkeypatch.setattr(module, "SCALED_ELEMENTS", 100)
-    monkeypatch.setattr(product, "ADDED", 100)
+    monkeypatch.setattr(matmul, "ADDED", 100)
 
 
 @pytest.fixture(autouse=True)

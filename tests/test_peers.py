@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import llamapro_kernels as lk
-from llamapro_kernels import library
+from llamapro_kernels import gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16
@@ -124,5 +124,5 @@ def test_nothing_waits_for_the_gpu():
 
 def test_the_backend_is_what_is_said():
     """No silent fallback: what serves these tests is what `backends` names."""
-    expected = "triton" if DEVICE == "cuda" or library.INTERPRETED else None
+    expected = "triton" if DEVICE == "cuda" or gpu.INTERPRETED else None
     assert expected is None or set(lk.backends().values()) == {expected}

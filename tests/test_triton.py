@@ -13,10 +13,10 @@ from test_ops import DEVICE, as_tuple, convert, draw, move
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import llamapro_kernels as lk
-from llamapro_kernels import attention_triton, library, product
+from llamapro_kernels import attention_triton, gpu, library, matmul
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or library.INTERPRETED), reason="needs a GPU or the interpreter"
+    not (torch.cuda.is_available() or gpu.INTERPRETED), reason="needs a GPU or the interpreter"
 )
 
 
@@ -47,7 +47,7 @@ class Recorder:
         self.kernels, self.allocated, self.descriptors = [], [], False
 
     def __enter__(self):
-        self.patches = [mock.patch.object(library, "launch", self.launch)]
+        self.patches = [mock.patch.object(gpu, "launch", self.launch)]
         counted = {kind: self.counted(f) for kind, f in self.implementation.items()}
         self.patches.append(mock.patch.dict(self.implementation, counted))
         for patch in self.patches:
@@ -58,7 +58,7 @@ class Recorder:
         for patch in reversed(self.patches):
             patch.__exit__(*error)
 
-    def launch(self, kernel, grid, *args, launch=library.launch, **options):
+    def launch(self, kernel, grid, *args, launch=gpu.launch, **options):
         self.kernels.append(kernel.fn.__name__.removesuffix("_kernel"))
         self.descriptors |= options.get("TMA", False)
         with _disable_current_modes():  # the interpreter allocates for itself
@@ -127,8 +127,8 @@ FORWARD = {
 @pytest.fixture(autouse=True)
 def products_of_a_gpu(monkeypatch):
     """In the interpreter too: what is counted is what a GPU would be asked for."""
-    monkeypatch.setattr(product, "MKL_IS_SLOW", False)
-    monkeypatch.setattr(product, "EMULATED", set())
+    monkeypatch.setattr(matmul, "MKL_IS_SLOW", False)
+    monkeypatch.setattr(matmul, "EMULATED", set())
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_slices_of_a_packed_projection_are_not_copied():
 )
 def test_enough_heads_of_dk_and_dv_run_together(monkeypatch, keys, together):
     """With 132 processors and 64 keys a program; where heads are few, each has eight of queries."""
-    monkeypatch.setattr(library, "processors", lambda device: 132)
+    monkeypatch.setattr(gpu, "processors", lambda device: 132)
     batch, length, heads, dim = keys
     k = torch.empty(keys, dtype=torch.bfloat16, device="meta")
     q = k.new_empty(batch, length, heads * 8 if heads == 8 else heads, dim)
@@ -253,10 +253,10 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
-def test_attention_in_the_tiles_of_gpus(gpu, mask, monkeypatch):
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_attention_in_the_tiles_of_gpus(chip, mask, monkeypatch):
     """Sequences of several shipped tiles that end within one; sm_90 reads by descriptors."""
-    check_attention(gpu, (1, 200, 200), dict(MASKS[mask]), monkeypatch)
+    check_attention(chip, (1, 200, 200), dict(MASKS[mask]), monkeypatch)
 
 
 @pytest.mark.parametrize("queries, keys", [(128, 256), (70, 200), (201, 129)])
@@ -266,10 +266,10 @@ def test_attention_by_descriptors_in_a_batch(queries, keys, monkeypatch):
 
 
 @pytest.mark.parametrize("dim", [20, 80, 136, 256])
-@pytest.mark.parametrize("gpu", ["sm_86", "sm_90"])
-def test_attention_with_other_heads(gpu, dim, monkeypatch):
+@pytest.mark.parametrize("chip", ["sm_86", "sm_90"])
+def test_attention_with_other_heads(chip, dim, monkeypatch):
     """Padded to the next power of two; beyond 128 dk and dv are launched apart."""
-    check_attention(gpu, (1, 70, 70), {}, monkeypatch, dim)
+    check_attention(chip, (1, 70, 70), {}, monkeypatch, dim)
 
 
 def test_attention_by_descriptors_of_any_order(monkeypatch):
@@ -286,10 +286,11 @@ def within_a_row(x):
     return torch.cat((x, x), 2)[:, :, : x.shape[2]]
 
 
-def check_attention(gpu, sizes, options, monkeypatch, dim=64, arrange=lambda x: x):
-    if gpu == "sm_90" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+def check_attention(chip, sizes, options, monkeypatch, dim=64, arrange=lambda x: x):
+    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
+    if chip == "sm_90" and old_gpu:
         pytest.skip("this GPU has no tensor descriptors")
-    monkeypatch.setattr(library, "architecture", lambda device: gpu)
+    monkeypatch.setattr(gpu, "architecture", lambda device: chip)
     documents = options.pop("cu_seqlens", None)
     if documents is not None:
         documents = torch.tensor(documents, dtype=torch.int32)
@@ -306,7 +307,7 @@ def check_attention(gpu, sizes, options, monkeypatch, dim=64, arrange=lambda x: 
 
     with lk.use_backend("triton"), Recorder("flash_attention") as seen:
         results = run(lk.flash_attention, torch.float16, DEVICE)
-    assert seen.descriptors == (gpu == "sm_90" and dim % 8 == 0)
+    assert seen.descriptors == (chip == "sm_90" and dim % 8 == 0)
     peer, truth = (run(plain_attention, dtype, "cpu") for dtype in (torch.float16, torch.float64))
     for ours, plain, true in zip(results, peer, truth, strict=True):
         stored = torch.finfo(torch.float16).eps / 2 * true.abs().max()

@@ -15,7 +15,7 @@ import torch
 from llamapro import Llama, LlamaConfig
 
 import llamapro_kernels as lk
-from llamapro_kernels import library
+from llamapro_kernels import cpu
 
 README = Path(__file__).parent.parent / "README.md"
 PACKAGE = Path(lk.__file__).parent
@@ -25,7 +25,7 @@ def main():
     assert "site-packages" in PACKAGE.parts, f"the wheel's own package expected, got {PACKAGE}"
     assert not list(PACKAGE.parent.glob("recipes")), "recipes are not installed"
     assert (PACKAGE / "py.typed").exists()
-    if library.WHY_NO_EXTENSION is None:
+    if cpu.WHY_NO_BUILD is None:
         assert set(lk.backends("cpu").values()) == {"cpp"}
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     with tempfile.TemporaryDirectory() as folder:

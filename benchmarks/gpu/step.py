@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from llamapro import Llama, LlamaConfig
 from llamapro.expansion import expanded_config
 from llamapro.hardware import keep_freed_memory, matmul_rate, peak_memory
-from llamapro.optimizer import Optimizer
-from llamapro.planner import USABLE, Workload, choose_save, flops, memory, slots_of
+from llamapro.placement import place_blocks
+from llamapro.planner import USABLE, Workload, choose_save, flops, memory
 from llamapro.storage import write_json
+from llamapro.train.optimizer import Optimizer
 
 import llamapro_kernels as lk
 from benchmarks.gpu.measure import installed
@@ -77,7 +78,7 @@ def configuration(shape, new_blocks, placement):
     base = LlamaConfig(max_position_embeddings=4096, **shape)
     if placement == "all":
         return base
-    return expanded_config(base, slots_of(base.num_hidden_layers, new_blocks, placement))
+    return expanded_config(base, place_blocks(base.num_hidden_layers, new_blocks, placement))
 
 
 def rotate(x, cos, sin):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from llamapro_kernels import __version__, library
-from llamapro_kernels.product import matmul
+from llamapro_kernels import __version__, cpu
+from llamapro_kernels.matmul import matmul
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -50,7 +50,7 @@ def environment(device: torch.device) -> dict:
     if device.type == "cuda":
         return {**versions, "processor": torch.cuda.get_device_name(device)}
     threads = torch.get_num_threads()
-    return {**versions, "processor": _cpu(), "build": library.CPU_BUILD, "threads": threads}
+    return {**versions, "processor": _cpu(), "build": cpu.BUILD, "threads": threads}
 
 
 def _cpu() -> str:

@@ -16,21 +16,21 @@ import itertools
 
 import torch
 
-from llamapro_kernels import library
+from llamapro_kernels import cpu
 from llamapro_kernels.flops import register_flop_formula
 
-TILED = {torch.bfloat16} if library.CPU_BUILD == "amx" else set()
+TILED = {torch.bfloat16} if cpu.BUILD == "amx" else set()
 PIECE = 8192  # columns of a product that are copied to where they belong while in the cache
 ADDED = 2**21  # numbers of a product that PyTorch rounds, copies to fp32 and adds at a time
 COPIED = 1024  # rows, columns and depth of what is in fp32 at a time: 4 MB an operand
 ROWS = 16  # fewer take as long as reading the other operand, which is shortest in 16 bits
 ONEDNN = torch.backends.mkldnn.is_available()
-MKL_IS_SLOW = ONEDNN and torch.backends.mkl.is_available() and "AuthenticAMD" in library.cpu_words()
+MKL_IS_SLOW = ONEDNN and torch.backends.mkl.is_available() and "AuthenticAMD" in cpu.words()
 FLAGS = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
 EMULATED = {
     dtype
     for dtype, flag in FLAGS.items()
-    if "sse2" in library.cpu_words() and flag not in library.cpu_words()  # known to be x86
+    if "sse2" in cpu.words() and flag not in cpu.words()  # known to be x86
 }
 
 
@@ -73,7 +73,7 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         for rows, columns in itertools.product(pieces(a.shape[0]), pieces(b.shape[1])):
             _add_by_fp32(total[rows, columns], a[rows], b[:, columns])
     elif _is_tiled(a, b):
-        library.cpp.matmul(a, b, None, None, total)
+        cpu.ops.matmul(a, b, None, None, total)
     else:
         for rows in pieces(len(total), max(1, ADDED // max(1, b.shape[1]))):
             total[rows] += a[rows] @ b
@@ -120,7 +120,7 @@ def _by_tiles(a, b, out=None, residual=None):
     if out is None:
         out = a.new_empty((*a.shape[:-1], b.shape[1]))
     residual = None if residual is None else residual.flatten(0, -2)
-    library.cpp.matmul(a.flatten(0, -2), b, residual, out.flatten(0, -2), None)
+    cpu.ops.matmul(a.flatten(0, -2), b, residual, out.flatten(0, -2), None)
     return out
 
 
@@ -166,6 +166,6 @@ def _matmul_flops(a, b, *_, out_shape=None):
 
 if ONEDNN:
     register_flop_formula(torch.ops.mkldnn._linear_pointwise, _linear_flops)
-if hasattr(library.cpp, "matmul"):
-    register_flop_formula(library.cpp.matmul, _matmul_flops)
+if hasattr(cpu.ops, "matmul"):
+    register_flop_formula(cpu.ops.matmul, _matmul_flops)
     torch.library.register_fake("llamapro_cpp::matmul", lambda a, b, residual, out, total: None)

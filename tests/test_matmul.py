@@ -5,33 +5,34 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from llamapro_kernels import library, product
-from llamapro_kernels.product import add_matmul, linear, matmul
+from llamapro_kernels import cpu
+from llamapro_kernels import matmul as module
+from llamapro_kernels.matmul import add_matmul, linear, matmul
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
 )
 MM, ONEDNN = torch.ops.aten.mm, torch.ops.mkldnn._linear_pointwise
-TILES = library.cpp.matmul if library.CPU_BUILD else None
+TILES = cpu.ops.matmul if cpu.BUILD else None
 SIXTEEN_BITS = {torch.bfloat16, torch.float16}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = dict(zip(DTYPES, (1e-12, 1e-5, 1e-2, 2e-3), strict=True))
 
 
 CPUS = ["Intel", "AMD", "Intel, fp32 alone", "AMD, fp32 alone"]
-if library.CPU_BUILD:
+if cpu.BUILD:
     CPUS.append("Intel, tiles")
 
 
 @pytest.fixture(params=CPUS, autouse=True)
-def cpu(request, monkeypatch):
-    monkeypatch.setattr(product, "TILED", {torch.bfloat16} if "tiles" in request.param else set())
-    monkeypatch.setattr(product, "MKL_IS_SLOW", "AMD" in request.param)
-    monkeypatch.setattr(product, "EMULATED", SIXTEEN_BITS if "alone" in request.param else set())
-    monkeypatch.setattr(product, "PIECE", 16)
-    monkeypatch.setattr(product, "ADDED", 5 * 24)
-    monkeypatch.setattr(product, "COPIED", 8)
-    monkeypatch.setattr(product, "ROWS", 4)
+def machine(request, monkeypatch):
+    monkeypatch.setattr(module, "TILED", {torch.bfloat16} if "tiles" in request.param else set())
+    monkeypatch.setattr(module, "MKL_IS_SLOW", "AMD" in request.param)
+    monkeypatch.setattr(module, "EMULATED", SIXTEEN_BITS if "alone" in request.param else set())
+    monkeypatch.setattr(module, "PIECE", 16)
+    monkeypatch.setattr(module, "ADDED", 5 * 24)
+    monkeypatch.setattr(module, "COPIED", 8)
+    monkeypatch.setattr(module, "ROWS", 4)
     torch.manual_seed(0)
     return request.param
 
@@ -86,12 +87,12 @@ def test_transposed_and_into(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_added(dtype, cpu):
+def test_added(dtype, machine):
     """What is added is rounded to 16 bits only where PyTorch multiplies those."""
     a, b, total = random(11, 37, dtype=dtype), random(11, 24, dtype=dtype), random(37, 24)
     truth = total.double() + a.double().T @ b.double()
     add_matmul(total, a.T, b)
-    in_fp32 = "alone" in cpu or ("tiles" in cpu and dtype == torch.bfloat16)
+    in_fp32 = "alone" in machine or ("tiles" in machine and dtype == torch.bfloat16)
     check(total, truth, torch.float32 if in_fp32 else dtype)
 
 
@@ -109,10 +110,10 @@ class Asked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_library_asked(dtype, cpu):
-    in_fp32 = dtype == torch.float32 or (dtype in SIXTEEN_BITS and "alone" in cpu)
-    onednn = in_fp32 and "AMD" in cpu
-    tiles = "tiles" in cpu and dtype == torch.bfloat16
+def test_the_library_asked(dtype, machine):
+    in_fp32 = dtype == torch.float32 or (dtype in SIXTEEN_BITS and "alone" in machine)
+    onednn = in_fp32 and "AMD" in machine
+    tiles = "tiles" in machine and dtype == torch.bfloat16
     op = ONEDNN if onednn else TILES if tiles else MM
     with Asked() as asked:
         linear(random(2, 4, 8, dtype=dtype), random(8, 8, dtype=dtype))

@@ -81,7 +81,7 @@ def their_loss(model, tokens, targets):
 
 def stepper(model, loss_of, batch, length):
     """A function that takes one step on random tokens and returns the loss before it."""
-    optimizer = Optimizer(model, clip=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.95))
     torch.manual_seed(1)
     rows = torch.randint(SMOLLM2["vocab_size"], (batch, length + 1), device=DEVICE)
     tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

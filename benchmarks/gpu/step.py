@@ -150,7 +150,7 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
     model.requires_grad_(trainable is None)
     for i in work.trained:
         blocks[i].requires_grad_(True)
-    optimizer = Optimizer(model, clip=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.95))
     rows = torch.randint(config.vocab_size, (batch, length + 1), device=device)
 
     def step():

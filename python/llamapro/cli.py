@@ -165,7 +165,8 @@ def plan(
         placement: Where; every placement side by side by default.
         seq: Tokens of a row.
         batch: Rows of a step.
-        memory: What there is, such as 80GB: finds what to save so that the step fits in 95 % of it.
+        memory: What there is, such as 80GB: finds what to recompute so that the step fits in 95 %
+            of it.
         dtype: Of weights and activations.
         device: Whose matrix products bound the speed.
     """

@@ -53,11 +53,11 @@ def checkpoint(path, dtype="bfloat16", placement="interleaved"):
     return str(model.to(getattr(torch, dtype)).save_pretrained(path))
 
 
-def our_model(path, trainable="new_blocks", save="all"):
+def our_model(path, trainable="new_blocks", recompute="none"):
     model = Llama.from_pretrained(path, device=DEVICE)
     freeze(model, trainable)
     for block in model.blocks:
-        block.save = save
+        block.recompute = recompute
     return model
 
 
@@ -173,13 +173,13 @@ def test_step(compare, benchmark, case, tmp_path):
 
 @pytest.mark.parametrize("placement", ["interleaved", "top_half", "suffix"])
 def test_placement(compare, benchmark, placement, tmp_path):
-    """What is kept for backward, against transformers with and without gradient checkpointing."""
+    """What backward recomputes, against transformers with and without gradient checkpointing."""
     keep_freed_memory()
     path = checkpoint(tmp_path / "model", placement=placement)
     same = {"path": path, "batch": 2, "length": 512}
     sides = {
-        "light": ("ours", {"save": "light"}),
-        "input": ("ours", {"save": "input"}),
+        "recompute mlp": ("ours", {"recompute": "mlp"}),
+        "recompute block": ("ours", {"recompute": "block"}),
         "transformers": ("theirs", {}),
         "transformers checkpointing": ("theirs", {"checkpointing": True}),
     }

@@ -185,12 +185,12 @@ class Forward {
       Element::store_pair(pairs + i / Element::WIDTH * QUERIES, p[0], p[Element::WIDTH - 1]);
     }
     for (int64_t j = 1; j < Element::WIDTH; ++j) sums[0] += sums[j];
-    const Vec decay = exp2((before - base) * scale);
-    store(total_ + lane, load<Vec>(total_ + lane) * decay + sums[0]);
+    const Vec alpha = exp2((before - base) * scale);
+    store(total_ + lane, load<Vec>(total_ + lane) * alpha + sums[0]);
     store(peak_ + lane, peak);
     if (!seen || all_equal(before, peak)) return;
     float* o = o_ + lane;
-    for (int64_t i = 0; i < dim_; ++i, o += QUERIES) store(o, load<Vec>(o) * decay);
+    for (int64_t i = 0; i < dim_; ++i, o += QUERIES) store(o, load<Vec>(o) * alpha);
   }
 
   static Vec largest(const float* scores, int64_t rows) {

@@ -128,10 +128,10 @@ def _attend(
         base = tl.where(higher == float("-inf"), 0, higher)
         # Not scores * scale - base: one rounding of that is half a unit of a peak that may be huge.
         p = tl.exp2((scores - base[:, None]) * scale)
-        fade = tl.exp2((peak - base) * scale)
-        total = total * fade + tl.sum(p, 1)
+        alpha = tl.exp2((peak - base) * scale)
+        total = total * alpha + tl.sum(p, 1)
         v = _tile(v_from, start, HEAD_DIM, DIM, BLOCK, TMA)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         peak = higher
     return acc, total, peak
 

@@ -4,16 +4,17 @@
 
 x and y are (B, T, N). The node runs the ops of this package and the library's matrix products, in
 the order in which their composition would; q, k and v stay where the projection put them, and so
-do their gradients. Its backward goes down from y and stops below the last
-tensor that wants a gradient; a frozen block computes input gradients alone. What is kept for
-backward, in numbers a token (H query heads, Hkv key heads, head dimension D, MLP width I):
+do their gradients. Its backward goes down from y and stops below the last tensor that wants a
+gradient; a frozen block computes input gradients alone. `recompute` says what backward computes a
+second time; the rest is saved for it, in numbers a token (H query heads, Hkv key heads, head
+dimension D, MLP width I):
 
-    save="all"      2 N + (2 H + 2 Hkv) D + 2 I    x, h, q, k, v, o, gate_up, and fp32 statistics
-    save="light"    2 N + (2 H + 2 Hkv) D          gate_up is computed again: 4 N I FLOPs
-    save="input"    N                              everything but the last product, again
+    "none"     2 N + (2 H + 2 Hkv) D + 2 I    x, h, q, k, v, o, gate_up, and fp32 statistics
+    "mlp"      2 N + (2 H + 2 Hkv) D          recomputes gate_up: 4 N I FLOPs
+    "block"    N                              recomputes everything but the last product
 
-Norms and SwiGLU are always computed again where a weight's gradient needs their result: that costs
-less than keeping it.
+Norms and SwiGLU are always recomputed where a weight's gradient needs their result: that costs less
+than saving it.
 
 Source: Touvron et al. 2023, "LLaMA"; an identity block (Wu et al. 2024, "LLaMA Pro") is one whose
 o_proj and down_proj are zero.
@@ -36,7 +37,7 @@ from llamapro_kernels.matmul import linear, matmul
 from llamapro_kernels.rope import check_constant
 
 Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-SAVE = ("all", "light", "input")
+RECOMPUTE = ("none", "mlp", "block")
 ops = torch.ops.llamapro
 
 
@@ -66,11 +67,11 @@ class Settings(NamedTuple):
     cu_seqlens: torch.Tensor | None
     eps: float
     window: int | None
-    save: str
+    recompute: str
 
 
-class Kept(NamedTuple):
-    """What forward computes and backward reads; None for what is not kept or not needed."""
+class SavedActivations(NamedTuple):
+    """What forward computes and backward reads; None for what is not saved or not needed."""
 
     x: torch.Tensor | None = None
     x_rstd: torch.Tensor | None = None
@@ -84,8 +85,8 @@ class Kept(NamedTuple):
     gate_up: torch.Tensor | None = None
 
 
-class Wanted:
-    """Which gradients are wanted, and what backward therefore has to compute on its way down."""
+class NeededGrads:
+    """Which gradients are needed, and what backward therefore has to compute on its way down."""
 
     def __init__(self, x: bool, weights: list[bool]):
         self.x, self.weights = x, BlockWeights(*weights)
@@ -96,21 +97,22 @@ class Wanted:
         self.normed_h = self.h or w.mlp_norm
         self.gate_up = self.normed_h or w.gate_up or w.gate_up_bias
 
-    def of(self, kept: Kept, save: str) -> Kept:
-        """The part of `kept` that backward reads, or that it starts from to compute the rest."""
-        if save == "input":
-            return Kept(x=kept.x)
+    def inputs_of_backward(self, saved: SavedActivations, recompute: str) -> SavedActivations:
+        """The part of `saved` that backward reads, or that it starts from to compute the rest."""
+        if recompute == "block":
+            return SavedActivations(x=saved.x)
         w = self.weights
         reads = {
             "x": self.normed_x or w.qkv,
             "x_rstd": self.normed_x,
             **dict.fromkeys(("q", "k", "v", "stats"), self.qkv),
             "o": self.qkv or w.o_proj,
-            "h": self.normed_h or w.gate_up or save == "light",
+            "h": self.normed_h or w.gate_up or recompute == "mlp",
             "h_rstd": self.normed_h,
-            "gate_up": save == "all" and (self.gate_up or w.down_proj),
+            "gate_up": recompute == "none" and (self.gate_up or w.down_proj),
         }
-        return Kept(**{name: value for name, value in kept._asdict().items() if reads[name]})
+        read = {name: value for name, value in saved._asdict().items() if reads[name]}
+        return SavedActivations(**read)
 
 
 def _attention_half(x, w, settings, cache=None):
@@ -130,76 +132,76 @@ def _attention_half(x, w, settings, cache=None):
         check_operands(q, k, v)
         check_causal(q, k)
     o, stats = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
-    return Kept(x, rstd, q, k, v, o, stats)
+    return SavedActivations(x, rstd, q, k, v, o, stats)
 
 
-def _mlp_half(kept, w, settings):
+def _mlp_half(saved, w, settings):
     """o to gate_up."""
-    attended = linear(kept.o.flatten(2), w.o_proj, w.o_proj_bias)
-    normed, h, rstd = ops.add_rms_norm(attended, kept.x, w.mlp_norm, settings.eps)
+    attended = linear(saved.o.flatten(2), w.o_proj, w.o_proj_bias)
+    normed, h, rstd = ops.add_rms_norm(attended, saved.x, w.mlp_norm, settings.eps)
     gate_up = linear(normed, w.gate_up, w.gate_up_bias)
-    return kept._replace(h=h, h_rstd=rstd, gate_up=gate_up)
+    return saved._replace(h=h, h_rstd=rstd, gate_up=gate_up)
 
 
 def _forward(x, w, settings, cache=None):
-    kept = _mlp_half(_attention_half(x, w, settings, cache), w, settings)
-    return linear(ops.swiglu(kept.gate_up), w.down_proj, w.down_proj_bias, kept.h), kept
+    saved = _mlp_half(_attention_half(x, w, settings, cache), w, settings)
+    return linear(ops.swiglu(saved.gate_up), w.down_proj, w.down_proj_bias, saved.h), saved
 
 
-def _recompute(kept, w, settings):
+def _recompute(saved, w, settings):
     """Everything that backward reads, as forward computed it."""
-    if settings.save == "input":
-        return _mlp_half(_attention_half(kept.x, w, settings), w, settings)
-    if settings.save == "light":
-        normed = _normed(kept.h, w.mlp_norm, settings)
-        return kept._replace(gate_up=linear(normed, w.gate_up, w.gate_up_bias))
-    return kept
+    if settings.recompute == "block":
+        return _mlp_half(_attention_half(saved.x, w, settings), w, settings)
+    if settings.recompute == "mlp":
+        normed = _normed(saved.h, w.mlp_norm, settings)
+        return saved._replace(gate_up=linear(normed, w.gate_up, w.gate_up_bias))
+    return saved
 
 
-def _backward(dy, kept, w, settings, wanted):
-    """dx and the gradients of the weights, None where not wanted."""
+def _backward(dy, saved, w, settings, needed):
+    """dx and the gradients of the weights, None where not needed."""
     grads = {}
-    _projection_gradients(grads, "down_proj", wanted, dy, lambda: ops.swiglu(kept.gate_up))
-    dh = _mlp_backward(dy, kept, w, settings, wanted, grads) if wanted.gate_up else None
-    dx = _attention_backward(dh, kept, w, settings, wanted, grads) if wanted.h else None
+    _projection_gradients(grads, "down_proj", needed, dy, lambda: ops.swiglu(saved.gate_up))
+    dh = _mlp_backward(dy, saved, w, settings, needed, grads) if needed.gate_up else None
+    dx = _attention_backward(dh, saved, w, settings, needed, grads) if needed.h else None
     return dx, [grads.get(name) for name in BlockWeights._fields]
 
 
-def _mlp_backward(dy, kept, w, settings, wanted, grads):
-    dgate_up = ops.swiglu_backward(matmul(dy, w.down_proj), kept.gate_up)
-    normed = partial(_normed, kept.h, w.mlp_norm, settings)
-    _projection_gradients(grads, "gate_up", wanted, dgate_up, normed)
-    if not wanted.normed_h:
+def _mlp_backward(dy, saved, w, settings, needed, grads):
+    dgate_up = ops.swiglu_backward(matmul(dy, w.down_proj), saved.gate_up)
+    normed = partial(_normed, saved.h, w.mlp_norm, settings)
+    _projection_gradients(grads, "gate_up", needed, dgate_up, normed)
+    if not needed.normed_h:
         return None
     dh, grads["mlp_norm"] = _norm_backward(
-        matmul(dgate_up, w.gate_up), dy, kept.h, w.mlp_norm, kept.h_rstd, wanted.h,
-        wanted.weights.mlp_norm,
+        matmul(dgate_up, w.gate_up), dy, saved.h, w.mlp_norm, saved.h_rstd, needed.h,
+        needed.weights.mlp_norm,
     )  # fmt: skip
     return dh
 
 
-def _attention_backward(dh, kept, w, settings, wanted, grads):
-    _projection_gradients(grads, "o_proj", wanted, dh, lambda: kept.o.flatten(2))
-    if not wanted.qkv:
+def _attention_backward(dh, saved, w, settings, needed, grads):
+    _projection_gradients(grads, "o_proj", needed, dh, lambda: saved.o.flatten(2))
+    if not needed.qkv:
         return None
-    dqkv = _qkv_backward(matmul(dh, w.o_proj).view(kept.o.shape), kept, settings)
-    normed = partial(_normed, kept.x, w.attention_norm, settings)
-    _projection_gradients(grads, "qkv", wanted, dqkv, normed)
-    if not wanted.normed_x:
+    dqkv = _qkv_backward(matmul(dh, w.o_proj).view(saved.o.shape), saved, settings)
+    normed = partial(_normed, saved.x, w.attention_norm, settings)
+    _projection_gradients(grads, "qkv", needed, dqkv, normed)
+    if not needed.normed_x:
         return None
     dx, grads["attention_norm"] = _norm_backward(
-        matmul(dqkv, w.qkv), dh, kept.x, w.attention_norm, kept.x_rstd, wanted.x,
-        wanted.weights.attention_norm,
+        matmul(dqkv, w.qkv), dh, saved.x, w.attention_norm, saved.x_rstd, needed.x,
+        needed.weights.attention_norm,
     )  # fmt: skip
     return dx
 
 
-def _qkv_backward(do, kept, settings):
+def _qkv_backward(do, saved, settings):
     dqkv = ops.flash_attention_backward_packed(
-        *(do, kept.q, kept.k, kept.v, kept.o, kept.stats, settings.cu_seqlens),
-        *(True, kept.q.shape[-1] ** -0.5, settings.window),
+        *(do, saved.q, saved.k, saved.v, saved.o, saved.stats, settings.cu_seqlens),
+        *(True, saved.q.shape[-1] ** -0.5, settings.window),
     )
-    rotated = kept.q.shape[2] + kept.k.shape[2]
+    rotated = saved.q.shape[2] + saved.k.shape[2]
     ops.rope_inplace(dqkv[:, :, :rotated], settings.cos, settings.sin, True)
     return dqkv.flatten(2)
 
@@ -221,11 +223,11 @@ def _normed(x, weight, settings):
     return ops.rms_norm(x, weight, settings.eps)[0]
 
 
-def _projection_gradients(grads, name, wanted, dy, x):
+def _projection_gradients(grads, name, needed, dy, x):
     """Of the weight and the bias of y = projection(x()); x is computed where it is needed."""
-    if getattr(wanted.weights, name):
+    if getattr(needed.weights, name):
         grads[name] = matmul(dy.flatten(0, 1).T, x().flatten(0, 1))
-    if getattr(wanted.weights, f"{name}_bias"):
+    if getattr(needed.weights, f"{name}_bias"):
         grads[f"{name}_bias"] = dy.sum((0, 1))
 
 
@@ -233,25 +235,27 @@ class _Block(torch.autograd.Function):
     """Weights come last: there are as many as `BlockWeights` has fields."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, cu_seqlens, eps, window, save, *weights):
-        w, settings = BlockWeights(*weights), Settings(cos, sin, cu_seqlens, eps, window, save)
-        y, kept = _forward(x, w, settings)
-        wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(weights) :])
-        kept = wanted.of(kept, save)
-        ctx.save_for_backward(*kept, cos, sin, cu_seqlens, *weights)
-        ctx.options = eps, window, save
+    def forward(ctx, x, cos, sin, cu_seqlens, eps, window, recompute, *weights):
+        settings = Settings(cos, sin, cu_seqlens, eps, window, recompute)
+        w = BlockWeights(*weights)
+        y, saved = _forward(x, w, settings)
+        needed = NeededGrads(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(weights) :])
+        saved = needed.inputs_of_backward(saved, recompute)
+        ctx.save_for_backward(*saved, cos, sin, cu_seqlens, *weights)
+        ctx.options = eps, window, recompute
         return y
 
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("decoder_block has no second derivative (create_graph=True)")
-        saved, count = ctx.saved_tensors, len(Kept._fields)  # once: each time unpacks all of them
-        kept, w = Kept(*saved[:count]), BlockWeights(*saved[count + 3 :])
-        settings = Settings(*saved[count : count + 3], *ctx.options)
-        wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(w) :])
+        tensors = ctx.saved_tensors  # once: each time unpacks all of them
+        count = len(SavedActivations._fields)
+        saved, w = SavedActivations(*tensors[:count]), BlockWeights(*tensors[count + 3 :])
+        settings = Settings(*tensors[count : count + 3], *ctx.options)
+        needed = NeededGrads(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(w) :])
         with library.without_autocast(dy.device.type):  # forward has settled the dtypes
-            dx, dweights = _backward(dy, _recompute(kept, w, settings), w, settings, wanted)
+            dx, dweights = _backward(dy, _recompute(saved, w, settings), w, settings, needed)
         return dx, *(None,) * 6, *dweights
 
 
@@ -265,22 +269,23 @@ def decoder_block(
     window: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     cache: Cache | None = None,
-    save: str = "all",
+    recompute: str = "none",
 ) -> torch.Tensor:
     """One Llama block, causal: x (B, T, N) -> (B, T, N) in x's dtype.
 
     cos, sin: (T, D) as `rope` takes them, which also gives the head dimension; the head counts
     follow from the weights. The weights are of x's dtype; those of the norms may be of any.
-    `window` and `cu_seqlens` as in `flash_attention`. `save`: what is kept for backward, "all",
-    "light" or "input", see above; it changes memory and time, and no bit of the gradients.
+    `window` and `cu_seqlens` as in `flash_attention`. `recompute`: what backward computes a
+    second time instead of reading it, "none", "mlp" or "block" (the module's docstring has the
+    table); it changes memory and time, and no bit of the gradients.
     `cache` is called with this block's rotated keys and its values, (B, T, Hkv, D), and returns all
     keys and values to attend to, (B, S, Hkv, D); there are no gradients through it. Under autocast
     the block computes in autocast's dtype. Raises TypeError for dtypes, and ValueError for shapes
     and options that do not fit. Source: Touvron et al. 2023.
     """
-    _check(x, weights, cos, sin, eps, window, cu_seqlens, save)
+    _check(x, weights, cos, sin, eps, window, cu_seqlens, recompute)
     # float: a default that Dynamo makes a symbol (dynamic=True) cannot enter the next block's node.
-    settings = Settings(cos, sin, cu_seqlens, float(eps), window, save)
+    settings = Settings(cos, sin, cu_seqlens, float(eps), window, recompute)
     computed, *weights = library.in_autocast(x, *weights)
     weights = BlockWeights(*weights)
     _check_dtypes(computed, weights)
@@ -297,13 +302,13 @@ def _run(x, weights, settings, cache):
     return _Block.apply(x, *settings, *weights)
 
 
-def _check(x, w, cos, sin, eps, window, cu_seqlens, save):
+def _check(x, w, cos, sin, eps, window, cu_seqlens, recompute):
     if not isinstance(w, BlockWeights):
         raise TypeError(f"weights must be BlockWeights, got {type(w).__name__}")
     given = {name: t for name, t in w._asdict().items() if t is not None or name in REQUIRED}
     library.check_floating(x=x, cos=cos, sin=sin, **given)
-    if save not in SAVE:
-        raise ValueError(f"save must be one of {SAVE}, got {save!r}")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
     if x.dim() != 3 or cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[1]:
         raise ValueError(
             f"x (B, T, N), cos and sin (T, D) expected,"

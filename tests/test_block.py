@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
 
 import llamapro_kernels as lk
 from llamapro_kernels import matmul
-from llamapro_kernels.block import SAVE
+from llamapro_kernels.block import RECOMPUTE
 
 BATCH, LENGTH, WIDTH, HEADS, KV_HEADS, DIM, INNER = 2, 9, 24, 4, 2, 8, 20
 FIELDS = lk.BlockWeights._fields
@@ -93,12 +93,12 @@ def gradients(function, wanted, dtype=torch.float64, bias=True, **options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("wanted", WANTED)
-def test_equals_the_composition(wanted, save, options):
+def test_equals_the_composition(wanted, recompute, options):
     """In fp64 to rounding; None for what is not wanted."""
     options = OPTIONS[options]
-    ours = gradients(lk.decoder_block, WANTED[wanted], save=save, **options)
+    ours = gradients(lk.decoder_block, WANTED[wanted], recompute=recompute, **options)
     expected = gradients(composition, WANTED[wanted], **options)
     for name, value in expected.items():
         assert (ours[name] is None) == (value is None), name
@@ -110,7 +110,8 @@ def test_equals_the_composition(wanted, save, options):
 def test_rounding(wanted):
     """The three-way rule in bf16; the policy changes no bit."""
     ours, light, least = (
-        gradients(lk.decoder_block, WANTED[wanted], torch.bfloat16, save=save) for save in SAVE
+        gradients(lk.decoder_block, WANTED[wanted], torch.bfloat16, recompute=recompute)
+        for recompute in RECOMPUTE
     )
     with lk.use_backend("reference"):
         plain = gradients(composition, WANTED[wanted], torch.bfloat16)
@@ -169,7 +170,7 @@ def test_backward_computes_no_more_than_it_must(wanted):
     assert (products, "llamapro::flash_attention_backward_packed" in names) == PRODUCTS[wanted]
 
 
-def saved_bytes(save, wanted="frozen", dtype=torch.bfloat16):
+def saved_bytes(recompute, wanted="frozen", dtype=torch.bfloat16):
     """Of one block, a token, without the weights: width 512, MLP 1408, 8/4 heads."""
     torch.manual_seed(0)
     tokens, width, inner, heads, kv_heads, dim = 64, 512, 1408, 8, 4, 64
@@ -187,22 +188,22 @@ def saved_bytes(save, wanted="frozen", dtype=torch.bfloat16):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        lk.decoder_block(x, w, angles, angles, save=save)
+        lk.decoder_block(x, w, angles, angles, recompute=recompute)
     for t in (*w, angles):
         if t is not None:
             kept.pop(t.untyped_storage().data_ptr(), None)
     return sum(kept.values()) / tokens
 
 
-@pytest.mark.parametrize("save, most", [("all", 10.9e3), ("light", 5.6e3), ("input", 1.1e3)])
-def test_a_frozen_block_keeps_little(save, most):
-    assert 0.9 * most < saved_bytes(save) <= most
+@pytest.mark.parametrize("recompute, most", [("none", 10.9e3), ("mlp", 5.6e3), ("block", 1.1e3)])
+def test_a_frozen_block_keeps_little(recompute, most):
+    assert 0.9 * most < saved_bytes(recompute) <= most
 
 
 def test_nothing_is_recorded_where_nothing_wants_a_gradient():
     x, weights, table, _ = make(torch.float32, bias=False)
     assert not lk.decoder_block(x, lk.BlockWeights(**weights), *table).requires_grad
-    assert saved_bytes("all", "down_proj") < saved_bytes("all") / 1.8  # gate_up alone
+    assert saved_bytes("none", "down_proj") < saved_bytes("none") / 1.8  # gate_up alone
 
 
 def test_backward_twice_and_second_derivatives():
@@ -216,12 +217,12 @@ def test_backward_twice_and_second_derivatives():
 
 
 @pytest.mark.parametrize("wanted", ["frozen", "all", "outputs"])
-@pytest.mark.parametrize("save", SAVE)
-def test_fullgraph_compile(save, wanted):
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_fullgraph_compile(recompute, wanted):
     """One graph, no break, the same gradients as eager."""
     torch.compiler.reset()
     compiled = torch.compile(lk.decoder_block, fullgraph=True, backend="aot_eager")
-    options = dict(dtype=torch.float32, save=save, cu_seqlens=[0, 4, 9], window=3)
+    options = dict(dtype=torch.float32, recompute=recompute, cu_seqlens=[0, 4, 9], window=3)
     ours = gradients(compiled, WANTED[wanted], **options)
     for name, value in gradients(lk.decoder_block, WANTED[wanted], **options).items():
         assert (ours[name] is None) == (value is None)
@@ -340,7 +341,7 @@ def test_bad_input_is_refused():
         qkv=w.qkv[:56], qkv_bias=w.qkv_bias[:56], o_proj=w.o_proj[:, :24]
     )
     for error, message, arguments in (
-        (ValueError, "save must be one of", {"save": "some"}),
+        (ValueError, "recompute must be one of .* got 'all'", {"recompute": "all"}),
         (ValueError, r"got \(2, 9, 24\), \(8, 8\)", {"cos": cos[:8], "sin": sin[:8]}),
         (
             ValueError,

@@ -14,7 +14,7 @@ CONFIG = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hid
 CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
 
 
-def build(save):
+def build(recompute):
     torch.manual_seed(0)
     model = expand(Llama(LlamaConfig(**CONFIG)), 2)
     model.train_new_blocks_only()
@@ -22,13 +22,13 @@ def build(save):
         for p in model.blocks[i].parameters():
             torch.nn.init.normal_(p, std=0.2)
     for block in model.blocks:
-        block.save = save
+        block.recompute = recompute
     return model
 
 
-def sharded(rank, store, save, expected):
+def sharded(rank, store, recompute, expected):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model, tokens = build(save), torch.arange(24).view(2, 12)
+    model, tokens = build(recompute), torch.arange(24).view(2, 12)
     mesh = init_device_mesh("cpu", (2,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -41,7 +41,7 @@ def sharded(rank, store, save, expected):
         if grad is not None:
             torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"is sharded: a whole tensor expected"):
-        model.save_pretrained(f"{store}-saved")
+        model.save_pretrained(f"{store}-recomputed")
     dist.barrier()
     dist.destroy_process_group()
     # Gloo's threads live on while FSDP holds the group, and one that lets go of a tensor while the
@@ -50,10 +50,10 @@ def sharded(rank, store, save, expected):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
-@pytest.mark.parametrize("save", ["all", "input"])
-def test_two_ranks_have_the_gradients_of_one(save, tmp_path):
-    model, tokens = build(save), torch.arange(24).view(2, 12)
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_two_ranks_have_the_gradients_of_one(recompute, tmp_path):
+    model, tokens = build(recompute), torch.arange(24).view(2, 12)
     model(tokens).float().square().mean().backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert len(expected) == 2 * 6
-    mp.spawn(sharded, (str(tmp_path / "store"), save, expected), nprocs=2)
+    mp.spawn(sharded, (str(tmp_path / "store"), recompute, expected), nprocs=2)

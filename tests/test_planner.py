@@ -12,7 +12,7 @@ from llamapro.planner import (
     PLANS,
     USABLE,
     Workload,
-    choose_save,
+    choose_recompute,
     flops,
     largest_batch,
     memory,
@@ -23,7 +23,7 @@ from llamapro.planner import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from llamapro_kernels.block import SAVE
+from llamapro_kernels.block import RECOMPUTE
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152,
@@ -53,14 +53,14 @@ def step(model, work):
     return model.loss(tokens, tokens)
 
 
-@pytest.mark.parametrize("save", ["all", "light", "input", "mixed"])
+@pytest.mark.parametrize("recompute", ["none", "mlp", "block", "mixed"])
 @pytest.mark.parametrize("placement", ["interleaved", "prefix", "suffix"])
 @pytest.mark.parametrize("case", CASES)
-def test_flops_are_exact(case, placement, save):
+def test_flops_are_exact(case, placement, recompute):
     model, work = workload(*CASES[case], placement)
-    kinds = [SAVE[i % 3] if save == "mixed" else save for i in work.blocks]
+    kinds = [RECOMPUTE[i % 3] if recompute == "mixed" else recompute for i in work.blocks]
     for block, kind in zip(model.blocks, kinds, strict=True):
-        block.save = kind
+        block.recompute = kind
     with FlopCounterMode(display=False) as counted:
         step(model, work).backward()
     assert counted.get_total_flops() == sum(flops(work, kinds).values())
@@ -89,9 +89,9 @@ def test_the_papers_placement_costs_84_of_120():
     }
 
 
-@pytest.mark.parametrize("save", SAVE)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("placement", ["interleaved", "suffix"])
-def test_saved_bytes_are_exact(placement, save):
+def test_saved_bytes_are_exact(placement, recompute):
     """By saved-tensor hooks, above the first new block; below it nothing is saved at all."""
     torch.manual_seed(0)
     small = replace(SMOLLM2, num_hidden_layers=4, vocab_size=256)
@@ -105,7 +105,7 @@ def test_saved_bytes_are_exact(placement, save):
         {p.untyped_storage().data_ptr() for p in (*model.parameters(), angles)},
     )
     for i, block in enumerate(model.blocks):
-        block.save, kept = save, {}
+        block.recompute, kept = recompute, {}
 
         def pack(t, kept=kept):
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -116,7 +116,7 @@ def test_saved_bytes_are_exact(placement, save):
             x = block(x, angles, angles)
         alive.append(x)  # so that no address is used twice
         measured = sum(size for at, size in kept.items() if at not in not_counted)
-        assert measured == (saved_bytes(work, save) if i in work.recorded else 0)
+        assert measured == (saved_bytes(work, recompute) if i in work.blocks_in_backward else 0)
 
 
 MEASURE = """
@@ -145,26 +145,26 @@ once(tiny, 1, 64)
 before = resident_memory()
 model = expand(Llama(config), setting["new"], setting["placement"])
 freeze(model, setting["trainable"])
-for block, save in zip(model.blocks, setting["save"]):
-    block.save = save
+for block, recompute in zip(model.blocks, setting["recompute"]):
+    block.recompute = recompute
 once(model, setting["batch"], setting["length"])
 print(peak_memory(torch.device("cpu")) - before)
 """
-MEASURED = {  # placement, save, trainable, batch, length, dtype
-    "interleaved all": ("interleaved", "all", "new_blocks", 4, 512, "bfloat16"),
-    "interleaved light": ("interleaved", "light", "new_blocks", 4, 512, "bfloat16"),
-    "interleaved input": ("interleaved", "input", "new_blocks", 8, 512, "bfloat16"),
-    "suffix": ("suffix", "all", "new_blocks", 4, 512, "bfloat16"),
-    "everything": ("interleaved", "all", "all", 2, 512, "bfloat16"),
-    "fp32": ("interleaved", "all", "new_blocks", 2, 512, "float32"),
+MEASURED = {  # placement, recompute, trainable, batch, length, dtype
+    "interleaved none": ("interleaved", "none", "new_blocks", 4, 512, "bfloat16"),
+    "interleaved mlp": ("interleaved", "mlp", "new_blocks", 4, 512, "bfloat16"),
+    "interleaved block": ("interleaved", "block", "new_blocks", 8, 512, "bfloat16"),
+    "suffix": ("suffix", "none", "new_blocks", 4, 512, "bfloat16"),
+    "everything": ("interleaved", "none", "all", 2, 512, "bfloat16"),
+    "fp32": ("interleaved", "none", "new_blocks", 2, 512, "float32"),
 }
 
 
-def measure(work, placement, save):
+def measure(work, placement, recompute):
     """Bytes of a process's peak above what the libraries take."""
     shape = {k: v for k, v in SMOLLM2.to_dict().items() if k in LlamaConfig.__dataclass_fields__}
     setting = {
-        **{"config": shape, "new": 6, "placement": placement, "save": save},
+        **{"config": shape, "new": 6, "placement": placement, "recompute": recompute},
         **{"trainable": "all" if work.trainable is None else "new_blocks"},
         **{"batch": work.batch, "length": work.length, "dtype": str(work.dtype).split(".")[1]},
     }
@@ -179,11 +179,11 @@ on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read
 @pytest.mark.parametrize("case", MEASURED)
 def test_memory_is_what_was_planned(case):
     """To 5 % of what was measured."""
-    placement, save, trainable, batch, length, dtype = MEASURED[case]
+    placement, recompute, trainable, batch, length, dtype = MEASURED[case]
     _, work = workload(SMOLLM2, 6, placement, batch, length, trainable == "all")
     work = replace(work, dtype=getattr(torch, dtype), device="cpu")
-    save = [save] * len(work.blocks)
-    planned, measured = memory(work, save)["total"], measure(work, placement, save)
+    recompute = [recompute] * len(work.blocks)
+    planned, measured = memory(work, recompute)["total"], measure(work, placement, recompute)
     print(f"{case}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert planned == pytest.approx(measured, rel=0.05)
 
@@ -193,32 +193,32 @@ def test_the_largest_batch_runs_within_its_limit():
     _, work = workload(SMOLLM2, 6, "interleaved", 1, 512)
     work, limit = replace(work, device="cpu"), 0.85e9
     work = replace(work, batch=largest_batch(work, USABLE * limit))
-    save = choose_save(work, USABLE * limit)
-    assert work.batch > 4 and len(set(save)) > 1
-    assert measure(work, "interleaved", save) <= limit
+    recompute = choose_recompute(work, USABLE * limit)
+    assert work.batch > 4 and len(set(recompute)) > 1
+    assert measure(work, "interleaved", recompute) <= limit
 
 
 def test_policies_fit_the_limit_and_no_more_is_computed_again_than_that_takes():
     _, work = workload(LLAMA2_7B, 8, "interleaved", batch=4, length=4096)
-    totals = [memory(work, [kind] * 40)["total"] for kind in SAVE]
+    totals = [memory(work, [kind] * 40)["total"] for kind in RECOMPUTE]
     assert totals == sorted(totals, reverse=True)
-    assert choose_save(work, totals[0]) == ["all"] * 40
+    assert choose_recompute(work, totals[0]) == ["none"] * 40
     for limit in ((totals[0] + totals[1]) / 2, (totals[1] + totals[2]) / 2, totals[2]):
-        save = choose_save(work, limit)
-        assert memory(work, save)["total"] <= limit
-        for i in work.recorded:  # no block could keep more
-            for kind in SAVE[: SAVE.index(save[i])]:
-                assert memory(work, [*save[:i], kind, *save[i + 1 :]])["total"] > limit
+        recompute = choose_recompute(work, limit)
+        assert memory(work, recompute)["total"] <= limit
+        for i in work.blocks_in_backward:  # no block could keep more
+            for kind in RECOMPUTE[: RECOMPUTE.index(recompute[i])]:
+                assert memory(work, [*recompute[:i], kind, *recompute[i + 1 :]])["total"] > limit
     with pytest.raises(ValueError, match="needs at least"):
-        choose_save(work, totals[2] * 0.9)
+        choose_recompute(work, totals[2] * 0.9)
 
 
 def test_largest_batch():
     _, work = workload(LLAMA2_7B, 8, "suffix", batch=1, length=2048)
     batch = largest_batch(work, 80e9)
-    choose_save(replace(work, batch=batch), 80e9)
+    choose_recompute(replace(work, batch=batch), 80e9)
     with pytest.raises(ValueError, match=f"a batch of {batch + 1} x 2048 tokens needs at least"):
-        choose_save(replace(work, batch=batch + 1), 80e9)
+        choose_recompute(replace(work, batch=batch + 1), 80e9)
     assert largest_batch(work, 1e9) == 0
 
 
@@ -236,13 +236,18 @@ def test_the_plan_as_it_is_printed():
     text = plan(LLAMA2_7B, 8, PLANS, 4, 4096, limit=80e9, rate=8e14)
     for name in PLANS:
         assert text.count(f"\n| {name.ljust(27)} |") == 1 and f"### {name}:" in text
+    heads = ("GFLOPs per token", "FLOPs vs full training", "FLOPs vs tuning the base", "recompute")
+    for head in (*heads, "largest batch size", "tokens/s (roofline)"):
+        assert f"| {head} " in text.splitlines()[0]
     assert "8.357 B" in text and "1.619 B (19%)" in text and "chosen" in text
 
 
 def test_a_placement_that_does_not_fit_is_named_and_the_others_are_planned():
     text = plan(LLAMA2_7B, 8, PLANS, 24, 4096, limit=76e9)
     assert "| suffix" in text and "interleaved does not fit: a batch of 24 x 4096" in text
-    with pytest.raises(ValueError, match=r"of them for weights and optimizer.*largest batch 0"):
+    with pytest.raises(
+        ValueError, match=r"of them for weights and optimizer.*largest batch size 0"
+    ):
         plan(LLAMA2_7B, 8, ("suffix",), 1, 4096, limit=20e9)
 
 

@@ -97,13 +97,13 @@ def test_a_memory_limit_changes_what_is_kept_and_no_loss(config, tmp_path, monke
     work = planner.Workload(
         model, (2, 5), config.batch_size, config.seq_len, getattr(torch, config.dtype), "cpu"
     )
-    light = planner.memory(work, ["light"] * 6)["total"]
+    light = planner.memory(work, ["mlp"] * 6)["total"]
     monkeypatch.setattr(module, "resident_memory", lambda: 0)
     seen = []
     monkeypatch.setattr(lk, "decoder_block", spy(lk.decoder_block, seen))
     limited = replace(config, out=str(tmp_path / "limited"), memory=f"{light / 0.949 / 1e9:.9f}GB")
     train(limited)
-    assert {"all", "light"} <= set(seen) and records(limited) == records(config)
+    assert {"none", "mlp"} <= set(seen) and records(limited) == records(config)
     with pytest.raises(ValueError, match="needs at least"):
         train(replace(config, out=str(tmp_path / "none"), memory="1KB"))
     assert not (tmp_path / "none").exists()
@@ -113,7 +113,7 @@ def test_a_memory_limit_changes_what_is_kept_and_no_loss(config, tmp_path, monke
 
 def spy(function, seen):
     def call(*args, **options):
-        seen.append(options["save"])
+        seen.append(options["recompute"])
         return function(*args, **options)
 
     return call

@@ -30,7 +30,7 @@ from llamapro import Llama, LlamaConfig
 from llamapro.expansion import expanded_config
 from llamapro.hardware import keep_freed_memory, matmul_rate, peak_memory
 from llamapro.placement import place_blocks
-from llamapro.planner import USABLE, Workload, choose_save, flops, memory
+from llamapro.planner import USABLE, Workload, choose_recompute, flops, memory
 from llamapro.storage import write_json
 from llamapro.train.optimizer import Optimizer
 
@@ -86,7 +86,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def composition(x, w, cos, sin, *, eps, cu_seqlens=None, cache=None, save="all"):
+def composition(x, w, cos, sin, *, eps, cu_seqlens=None, cache=None, recompute="none"):
     """`lk.decoder_block` as plain PyTorch, with SDPA."""
     dim, width = cos.shape[-1], x.shape[-1:]
     heads = w.o_proj.shape[1] // dim
@@ -101,11 +101,11 @@ def composition(x, w, cos, sin, *, eps, cu_seqlens=None, cache=None, save="all")
     return h + F.linear(F.silu(gate) * up, w.down_proj)
 
 
-def our_model(config, save, device):
+def our_model(config, recompute, device):
     with torch.device(device):
         model = Llama(config)
-    for block, policy in zip(model.blocks, save, strict=True):
-        block.save = policy
+    for block, policy in zip(model.blocks, recompute, strict=True):
+        block.recompute = policy
     return model, model.blocks, model.loss
 
 
@@ -138,13 +138,15 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
     config = configuration(shape, new_blocks, placement)
     trainable = None if placement == "all" else tuple(config.new_blocks)
     work = Workload(config, trainable, batch, length, torch.bfloat16, device)
-    save = ["all"] * len(work.blocks)
+    recompute = ["none"] * len(work.blocks)
     if device == "cuda" and side == "ours":
-        save = choose_save(work, USABLE * torch.cuda.get_device_properties(0).total_memory)
+        recompute = choose_recompute(
+            work, USABLE * torch.cuda.get_device_properties(0).total_memory
+        )
     if side == "composition":
         lk.decoder_block = composition
     if side in ("ours", "composition"):
-        model, blocks, loss_of = our_model(config, save, device)
+        model, blocks, loss_of = our_model(config, recompute, device)
     else:
         model, blocks, loss_of = their_model(config, side, device)
     model.requires_grad_(trainable is None)
@@ -176,8 +178,8 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
         "step ms": round(1e3 * median, 1),
     }
     if side == "ours":
-        row["planned GB"] = round(memory(work, save)["total"] / 1e9, 2)
-        row["save"] = {kind: save.count(kind) for kind in sorted(set(save))}
+        row["planned GB"] = round(memory(work, recompute)["total"] / 1e9, 2)
+        row["recompute"] = {kind: recompute.count(kind) for kind in sorted(set(recompute))}
         if device == "cuda":
             row["GPU ms"] = where_time_goes(step)
     return row

@@ -16,14 +16,15 @@ from llamapro.storage import new_directory
 class Block(nn.Module):
     """One Llama block; q, k, v are rows of one matrix, gate and up of another.
 
-    `save` is what it keeps for backward: "all", "light" or "input", see `lk.decoder_block`.
+    `recompute` is what backward computes a second time: "none", "mlp" or "block", see
+    `lk.decoder_block`.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         width, dim = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        self.eps, self.save = config.rms_norm_eps, "all"
+        self.eps, self.recompute = config.rms_norm_eps, "none"
         self.attention_norm = nn.Parameter(torch.ones(width))
         self.qkv = nn.Linear(width, queries + 2 * keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
@@ -52,7 +53,7 @@ class Block(nn.Module):
             eps=self.eps,
             cu_seqlens=cu_seqlens,
             cache=cache,
-            save=self.save,
+            recompute=self.recompute,
         )
 
     @torch.no_grad()

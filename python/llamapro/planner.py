@@ -1,4 +1,4 @@
-"""What a training run will cost, from the configuration alone: FLOPs, memory, and what to save.
+"""What a training run will cost, from the configuration alone: FLOPs, memory, recomputation.
 
 M is the number of weights in a block's matrices. A token costs 2 M FLOPs forward in every block,
 2 M for input gradients in every block from the first trainable one up, 2 M for weight gradients in
@@ -15,7 +15,7 @@ from llamapro.config import LlamaConfig
 from llamapro.expansion import expanded_config
 from llamapro.placement import Slot, place_blocks
 from llamapro_kernels.attention import visible_pairs
-from llamapro_kernels.block import SAVE
+from llamapro_kernels.block import RECOMPUTE
 from llamapro_kernels.linear_cross_entropy import chunk_bytes
 
 MASTER, MOMENTS, GRADIENT = 4, 8, 4  # bytes of a trainable parameter, in fp32
@@ -54,7 +54,7 @@ class Workload:
         return tuple(self.blocks) if self.trainable is None else self.trainable
 
     @property
-    def recorded(self) -> range:
+    def blocks_in_backward(self) -> range:
         """The blocks that backward goes through."""
         return range(min(self.trained), len(self.blocks))
 
@@ -99,44 +99,44 @@ def parameters(config: LlamaConfig) -> dict[str, int]:
     return {"block": block, "rest": tables * shape.vocabulary * shape.width + shape.width}
 
 
-def flops(work: Workload, save: list[str] | None = None) -> dict[str, int]:
+def flops(work: Workload, recompute: list[str] | None = None) -> dict[str, int]:
     """FLOPs of one step, exactly: each multiplication and each addition of a matrix product.
 
-    The first three are those of the blocks' weights. save: the policy of each block, "all" by
+    The first three are those of the blocks' weights. recompute: the policy of each block, "none" by
     default. Elementwise work is not counted.
     """
     shape, count, blocks = Shape.of(work.config), work.tokens, len(work.blocks)
-    save = save or ["all"] * blocks
+    recompute = recompute or ["none"] * blocks
     pairs = visible_pairs(work.length, work.length)
     attention = 4 * work.batch * shape.queries * pairs
     head = 2 * count * shape.width * shape.vocabulary
     block = 2 * count * shape.matrices
     again = {
-        "all": 0,
-        "light": 4 * count * shape.width * shape.inner,
-        "input": block - 2 * count * shape.width * shape.inner + attention,
+        "none": 0,
+        "mlp": 4 * count * shape.width * shape.inner,
+        "block": block - 2 * count * shape.width * shape.inner + attention,
     }
     return {
         "forward": blocks * block,
-        "input gradient": len(work.recorded) * block,
+        "input gradient": len(work.blocks_in_backward) * block,
         "weight gradient": len(work.trained) * block,
-        "attention": (2 * blocks + 5 * len(work.recorded)) * attention // 2,
+        "attention": (2 * blocks + 5 * len(work.blocks_in_backward)) * attention // 2,
         "head": (2 + (work.trainable is None)) * head,
-        "recomputed": sum(again[save[i]] for i in work.recorded),
+        "recomputed": sum(again[recompute[i]] for i in work.blocks_in_backward),
     }
 
 
-def saved_bytes(work: Workload, save: str) -> int:
+def saved_bytes(work: Workload, recompute: str) -> int:
     """What one block keeps for backward."""
     shape, size = Shape.of(work.config), work.dtype.itemsize
     light = (2 * shape.width + 2 * shape.queries + 2 * shape.keys) * size + 4 * (
         2 * shape.heads + 2
     )
-    a_token = {"input": shape.width * size, "light": light, "all": light + 2 * shape.inner * size}
-    return work.tokens * a_token[save]
+    a_token = {"block": shape.width * size, "mlp": light, "none": light + 2 * shape.inner * size}
+    return work.tokens * a_token[recompute]
 
 
-def memory(work: Workload, save: list[str]) -> dict[str, int]:
+def memory(work: Workload, recompute: list[str]) -> dict[str, int]:
     """Bytes of tensors at the peak of a step, by what they are for.
 
     Backward frees a block's activations as gradients arrive, so the peak is either at the loss,
@@ -153,25 +153,29 @@ def memory(work: Workload, save: list[str]) -> dict[str, int]:
         "masters": 0 if own_master else trained * MASTER,
         "optimizer": trained * MOMENTS,
     }
-    moments = _moments(work, save, shape, counts)
+    moments = _moments(work, recompute, shape, counts)
     _, at_peak = max(moments.items(), key=lambda item: sum(item[1].values()))
     return fixed | at_peak | {"total": sum(fixed.values()) + sum(at_peak.values())}
 
 
-def _moments(work, save, shape, counts):
+def _moments(work, recompute, shape, counts):
     """Activations, gradients and scratch at each moment that may be the peak."""
     size, count = work.dtype.itemsize, work.tokens
-    kept = {i: saved_bytes(work, save[i]) for i in work.recorded}
+    kept = {i: saved_bytes(work, recompute[i]) for i in work.blocks_in_backward}
     rest = counts["rest"] if work.trainable is None else 0
     hidden = 3 * count * shape.width * size  # before and after the last norm, and their gradient
     chunk = chunk_bytes(count, shape.vocabulary, size, work.device)
     moments = {"loss": (sum(kept.values()), rest * GRADIENT, chunk + hidden)}
     gradients = 0
-    for i in reversed(work.recorded):
+    for i in reversed(work.blocks_in_backward):
         gradients += counts["block"] * GRADIENT * (i in work.trained)
         below = sum(kept[j] for j in kept if j <= i)
         # The head's gradient waits in the model's dtype: the embeddings may add to it.
-        moments[f"block {i}"] = (below + _scratch(work, shape, save[i]), gradients + rest * size, 0)
+        moments[f"block {i}"] = (
+            below + _scratch(work, shape, recompute[i]),
+            gradients + rest * size,
+            0,
+        )
     gradients += rest * GRADIENT
     moments["embeddings"] = (0, gradients + 2 * rest * size, 0)
     moments["optimizer"] = (0, gradients, 0)
@@ -179,31 +183,34 @@ def _moments(work, save, shape, counts):
     return {name: dict(zip(names, parts, strict=True)) for name, parts in moments.items()}
 
 
-def _scratch(work, shape, save):
+def _scratch(work, shape, recompute):
     """What backward of a block holds beside what was kept."""
     mlp = 3 * shape.inner + 2 * shape.width  # the product's gradient, gate_up's, dy and dh
     attention = 2 * shape.queries + 2 * shape.keys + 3 * shape.width  # do and dqkv; dh and dx
     again = {
-        "all": 0,
-        "light": 2 * shape.inner,
-        "input": 2 * shape.inner + shape.width + 2 * shape.queries + 2 * shape.keys,
+        "none": 0,
+        "mlp": 2 * shape.inner,
+        "block": 2 * shape.inner + shape.width + 2 * shape.queries + 2 * shape.keys,
     }
-    return work.tokens * (max(mlp, attention) + again[save]) * work.dtype.itemsize
+    return work.tokens * (max(mlp, attention) + again[recompute]) * work.dtype.itemsize
 
 
-def choose_save(work: Workload, limit: float) -> list[str]:
+def choose_recompute(work: Workload, limit: float) -> list[str]:
     """The policies that fit `limit` bytes with little recomputation.
 
-    Blocks change from "all" to "light", lowest first, because these are kept longest; then to
-    "input"; then those change back that turn out to be elsewhere than at the peak. Raises
+    Blocks change from "none" to "mlp", lowest first, because these are kept longest; then to
+    "block"; then those change back that turn out to be elsewhere than at the peak. Raises
     ValueError when nothing fits, with the least that it would take.
     """
-    save, parts = ["all"] * len(work.blocks), []
-    for kind, i in [("all", 0), *((kind, i) for kind in SAVE[1:] for i in work.recorded)]:
-        save[i] = kind
-        parts.append(memory(work, save))
+    recompute, parts = ["none"] * len(work.blocks), []
+    for kind, i in [
+        ("none", 0),
+        *((kind, i) for kind in RECOMPUTE[1:] for i in work.blocks_in_backward),
+    ]:
+        recompute[i] = kind
+        parts.append(memory(work, recompute))
         if parts[-1]["total"] <= limit:
-            return _undo(work, save, limit)
+            return _undo(work, recompute, limit)
     least = min(parts, key=lambda part: part["total"])
     fixed = least["weights"] + least["masters"] + least["optimizer"]
     raise ValueError(
@@ -212,14 +219,14 @@ def choose_save(work: Workload, limit: float) -> list[str]:
     )
 
 
-def _undo(work, save, limit):
-    for i in work.recorded:
-        for kind in SAVE[: SAVE.index(save[i])]:
-            less = [*save[:i], kind, *save[i + 1 :]]
+def _undo(work, recompute, limit):
+    for i in work.blocks_in_backward:
+        for kind in RECOMPUTE[: RECOMPUTE.index(recompute[i])]:
+            less = [*recompute[:i], kind, *recompute[i + 1 :]]
             if memory(work, less)["total"] <= limit:
-                save = less
+                recompute = less
                 break
-    return save
+    return recompute
 
 
 def largest_batch(work: Workload, limit: float) -> int:
@@ -227,7 +234,7 @@ def largest_batch(work: Workload, limit: float) -> int:
 
     def fits(batch):
         try:
-            return bool(choose_save(replace(work, batch=batch), limit))
+            return bool(choose_recompute(replace(work, batch=batch), limit))
         except ValueError:
             return False
 
@@ -287,27 +294,33 @@ def plan(
         config = expanded_config(base, slots)
         work = Workload(config, tuple(config.new_blocks), batch, length, dtype, device)
         try:
-            save = choose_save(work, limit) if limit else ["all"] * len(slots)
+            recompute = choose_recompute(work, limit) if limit else ["none"] * len(slots)
         except ValueError as error:
-            refused += [f"{name} does not fit: {error}; largest batch {largest_batch(work, limit)}"]
+            refused += [
+                f"{name} does not fit: {error}; largest batch size {largest_batch(work, limit)}"
+            ]
             continue
-        lines.append(_summary(name, work, tuning, save, limit, rate))
-        details += ["", f"### {name}: new blocks at {config.new_blocks}", *_details(work, save)]
+        lines.append(_summary(name, work, tuning, recompute, limit, rate))
+        details += [
+            "",
+            f"### {name}: new blocks at {config.new_blocks}",
+            *_details(work, recompute),
+        ]
     if not lines:
         raise ValueError("\n".join(refused))
-    head = ["placement", "parameters", "trained", "GFLOP a token", "of training all of it"]
-    head += ["of tuning the base", "save", "memory"]
-    head += ["largest batch"] if limit else []
-    head += ["tokens/s at most"] if rate else []
+    head = ["placement", "parameters", "trained", "GFLOPs per token"]
+    head += ["FLOPs vs full training", "FLOPs vs tuning the base", "recompute", "memory"]
+    head += ["largest batch size"] if limit else []
+    head += ["tokens/s (roofline)"] if rate else []
     return "\n".join([*table(head, lines), *("\n" + line for line in refused), *details])
 
 
-def _summary(name, work, tuning, save, limit, rate):
-    total = sum(flops(work, save).values())
+def _summary(name, work, tuning, recompute, limit, rate):
+    total = sum(flops(work, recompute).values())
     counts = parameters(work.config)
     trained = len(work.trained) * counts["block"]
     everything = len(work.blocks) * counts["block"] + counts["rest"]
-    parts = [f"{save.count(kind)} {kind}" for kind in SAVE if save.count(kind)]
+    parts = [f"{recompute.count(kind)} {kind}" for kind in RECOMPUTE if recompute.count(kind)]
     cells = [
         name,
         f"{everything / 1e9:.3f} B",
@@ -316,7 +329,7 @@ def _summary(name, work, tuning, save, limit, rate):
         f"{total / sum(flops(replace(work, trainable=None)).values()):.3f}",
         f"{total / sum(flops(tuning).values()):.3f}",
         ", ".join(parts),
-        f"{memory(work, save)['total'] / 1e9:.2f} GB",
+        f"{memory(work, recompute)['total'] / 1e9:.2f} GB",
     ]
     cells += [str(largest_batch(work, limit))] if limit else []
     return cells + ([f"{rate / total * work.tokens:,.0f}"] if rate else [])
@@ -324,15 +337,15 @@ def _summary(name, work, tuning, save, limit, rate):
 
 def _details(work, chosen):
     """A row for each policy, and for the mix that was chosen."""
-    plans = {kind: [kind] * len(work.blocks) for kind in SAVE}
+    plans = {kind: [kind] * len(work.blocks) for kind in RECOMPUTE}
     if len(set(chosen)) > 1:
         plans["chosen"] = chosen
     rows = []
-    for name, save in plans.items():
-        cost, bytes_of = flops(work, save), memory(work, save)
+    for name, recompute in plans.items():
+        cost, bytes_of = flops(work, recompute), memory(work, recompute)
         again = f"{cost['recomputed'] / (sum(cost.values()) - cost['recomputed']):+.1%}"
         rows.append([name, again, *(f"{size / 1e9:.2f}" for size in bytes_of.values())])
-    return table(["save", "FLOPs", *(f"{name}, GB" for name in bytes_of)], rows)
+    return table(["recompute", "FLOPs", *(f"{name}, GB" for name in bytes_of)], rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -47,11 +47,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
         )
     rows, heldout = _open_data(config, shape.vocab_size)
     data = {name: fingerprint(path, verify=config.verify) for name, path in _sets(config).items()}
-    save = _policies(config, shape, device)
+    recompute = _policies(config, shape, device)
     model = Llama.from_pretrained(config.model, getattr(torch, config.dtype), device)
     freeze(model, config.trainable)
-    for block, policy in zip(model.blocks, save, strict=True):
-        block.save = policy
+    for block, policy in zip(model.blocks, recompute, strict=True):
+        block.recompute = policy
     optimizer = Optimizer(
         model,
         max_grad_norm=config.max_grad_norm,
@@ -134,15 +134,15 @@ def freeze(model: Llama, trainable: str) -> None:
 
 
 def _policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> list[str]:
-    """What each block keeps for backward; planned before a weight is loaded."""
+    """What backward recomputes in each block; planned before a weight is loaded."""
     if config.memory is None:
-        return ["all"] * shape.num_hidden_layers
+        return ["none"] * shape.num_hidden_layers
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
     sizes = config.batch_size, config.seq_len, getattr(torch, config.dtype), device.type
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     limit = planner.usable(config.memory) - libraries
     try:
-        return planner.choose_save(planner.Workload(shape, trainable, *sizes), limit)
+        return planner.choose_recompute(planner.Workload(shape, trainable, *sizes), limit)
     except ValueError as error:
         raise ValueError(
             f"{error} (of {config.memory}, {1 - planner.USABLE:.0%} are kept back for what"

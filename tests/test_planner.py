@@ -1,15 +1,18 @@
-"""The accounting against what really runs: FLOPs exactly, saved bytes exactly, memory closely."""
+"""The plan of a run against what really runs: FLOPs exactly, memory closely; and the search."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from llamapro import Llama, LlamaConfig, expand
+from llamapro.placement import PLACEMENTS, place_blocks
 from llamapro.planner import (
-    PLANS,
     USABLE,
     Workload,
     choose_recompute,
@@ -18,8 +21,6 @@ from llamapro.planner import (
     memory,
     parse_bytes,
     plan,
-    saved_bytes,
-    slots_of,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -89,42 +90,12 @@ def test_the_papers_placement_costs_84_of_120():
     }
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("placement", ["interleaved", "suffix"])
-def test_saved_bytes_are_exact(placement, recompute):
-    """By saved-tensor hooks, above the first new block; below it nothing is saved at all."""
-    torch.manual_seed(0)
-    small = replace(SMOLLM2, num_hidden_layers=4, vocab_size=256)
-    model = expand(Llama(small).bfloat16(), 2, placement)
-    model.train_new_blocks_only()
-    work = Workload(model.config, tuple(model.config.new_blocks), 2, 32)
-    x = torch.randn(2, 32, small.hidden_size).bfloat16()
-    angles = torch.rand(32, small.head_dim // 2).repeat(1, 2)
-    alive, not_counted = (
-        [x],
-        {p.untyped_storage().data_ptr() for p in (*model.parameters(), angles)},
-    )
-    for i, block in enumerate(model.blocks):
-        block.recompute, kept = recompute, {}
-
-        def pack(t, kept=kept):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        x = x.detach().requires_grad_(i > min(work.trained))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            x = block(x, angles, angles)
-        alive.append(x)  # so that no address is used twice
-        measured = sum(size for at, size in kept.items() if at not in not_counted)
-        assert measured == (saved_bytes(work, recompute) if i in work.blocks_in_backward else 0)
-
-
 MEASURE = """
 import json, sys, torch
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.hardware import keep_freed_memory, peak_memory, resident_memory
 from llamapro.train.optimizer import Optimizer
-from llamapro.train import freeze
+from llamapro.train.loop import freeze
 
 keep_freed_memory(False)  # holes in the C library's heap are not planned
 setting = json.loads(sys.argv[1])
@@ -169,7 +140,9 @@ def measure(work, placement, recompute):
         **{"batch": work.batch, "length": work.length, "dtype": str(work.dtype).split(".")[1]},
     }
     command = [sys.executable, "-c", MEASURE, json.dumps(setting)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the code under test
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -222,19 +195,75 @@ def test_largest_batch():
     assert largest_batch(work, 1e9) == 0
 
 
+def fits(work, recompute, limit):
+    return memory(work, recompute)["total"] <= limit
+
+
+def tried_one_by_one(work, limit):
+    """What `choose_recompute` finds, by asking for the memory of everything on the way."""
+    recompute = ["none"] * len(work.blocks)
+    for policy, i in itertools.product(RECOMPUTE[1:], work.blocks_in_backward):
+        if fits(work, recompute, limit):
+            break
+        recompute[i] = policy
+    for i in work.blocks_in_backward:
+        for policy in RECOMPUTE[: RECOMPUTE.index(recompute[i])]:
+            less = [*recompute[:i], policy, *recompute[i + 1 :]]
+            if fits(work, less, limit):
+                recompute = less
+                break
+    return recompute if fits(work, recompute, limit) else None
+
+
+SEARCHES = {  # base, new blocks, placement, batch, length, dtype, everything
+    "7B interleaved": (LLAMA2_7B, 8, "interleaved", 4, 4096, torch.bfloat16, False),
+    "7B suffix": (LLAMA2_7B, 8, "suffix", 16, 2048, torch.bfloat16, False),
+    "SmolLM2 all": (SMOLLM2, 6, "interleaved", 2, 512, torch.bfloat16, True),
+    "SmolLM2 fp32": (SMOLLM2, 3, "prefix", 1, 64, torch.float32, False),
+    "many heads": (replace(SMOLLM2, hidden_size=96, num_attention_heads=96, num_key_value_heads=96,
+                           head_dim=2), 5, "interleaved", 3, 33, torch.bfloat16, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+def test_the_search_finds_what_trying_one_by_one_finds(case):
+    base, new_blocks, placement, batch, length, dtype, everything = SEARCHES[case]
+    _, work = workload(base, new_blocks, placement, batch, length, everything)
+    work = replace(work, dtype=dtype)
+    most, least = (memory(work, [kind] * len(work.blocks))["total"] for kind in ("none", "block"))
+    for part in (0, 0.01, 0.2, 0.37, 0.5, 0.63, 0.8, 0.99, 1):
+        limit = least + part * (most - least)
+        assert choose_recompute(work, limit) == tried_one_by_one(work, limit)
+        largest = largest_batch(work, limit)
+        found = [tried_one_by_one(replace(work, batch=n), limit) for n in (largest, largest + 1)]
+        assert found[0] is not None and found[1] is None
+    assert tried_one_by_one(work, least - 1) is None
+    with pytest.raises(ValueError, match=f"needs at least {least / 1e9:.2f} GB"):
+        choose_recompute(work, least - 1)
+
+
+@pytest.mark.parametrize("width, limit", [(64, 80e9), (8192, 1e15)])
+def test_a_thousand_layers_are_planned_in_seconds(width, limit):
+    """Every change that may fit was once tried, and its memory counted anew."""
+    base = replace(LLAMA2_7B, num_hidden_layers=900, hidden_size=width, head_dim=width // 32)
+    began = time.process_time()
+    text = plan(base, 100, PLACEMENTS, 1, 4096, limit=limit)
+    assert time.process_time() - began < 5 and "largest batch size" in text
+
+
 def test_placements():
-    assert [s.source for s in slots_of(4, 1, "interleaved in the top half")] == [0, 1, 2, 3, 3]
-    for name in PLANS:
-        slots = slots_of(32, 8, name)
+    assert [s.source for s in place_blocks(4, 1, "top_half")] == [0, 1, 2, 3, 3]
+    for name in PLACEMENTS:
+        slots = place_blocks(32, 8, name)
         assert len(slots) == 40 and sum(s.new for s in slots) == 8
         assert [s.source for s in slots if not s.new] == list(range(32))
-    top = [i for i, s in enumerate(slots_of(32, 8, "interleaved in the top half")) if s.new]
+    top = [i for i, s in enumerate(place_blocks(32, 8, "top_half")) if s.new]
     assert top == list(range(18, 40, 3))
 
 
 def test_the_plan_as_it_is_printed():
-    text = plan(LLAMA2_7B, 8, PLANS, 4, 4096, limit=80e9, rate=8e14)
-    for name in PLANS:
+    text = plan(LLAMA2_7B, 8, PLACEMENTS, 4, 4096, limit=80e9, rate=8e14)
+    for name in PLACEMENTS:
         assert text.count(f"\n| {name.ljust(27)} |") == 1 and f"### {name}:" in text
     heads = ("GFLOPs per token", "FLOPs vs full training", "FLOPs vs tuning the base", "recompute")
     for head in (*heads, "largest batch size", "tokens/s (roofline)"):
@@ -243,7 +272,7 @@ def test_the_plan_as_it_is_printed():
 
 
 def test_a_placement_that_does_not_fit_is_named_and_the_others_are_planned():
-    text = plan(LLAMA2_7B, 8, PLANS, 24, 4096, limit=76e9)
+    text = plan(LLAMA2_7B, 8, PLACEMENTS, 24, 4096, limit=76e9)
     assert "| suffix" in text and "interleaved does not fit: a batch of 24 x 4096" in text
     with pytest.raises(
         ValueError, match=r"of them for weights and optimizer.*largest batch size 0"
@@ -254,7 +283,7 @@ def test_a_placement_that_does_not_fit_is_named_and_the_others_are_planned():
 @pytest.mark.parametrize("batch, length", [(0, 8), (1, 0), (-3, 8)])
 def test_steps_without_a_token(batch, length):
     with pytest.raises(ValueError, match=f"got {batch} x {length}"):
-        plan(LLAMA2_7B, 8, PLANS, batch, length)
+        plan(LLAMA2_7B, 8, PLACEMENTS, batch, length)
 
 
 @pytest.mark.parametrize(

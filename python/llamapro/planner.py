@@ -7,14 +7,18 @@ which 8 are new and the first of these is the fifth, cost (40 + 36 + 8) / 120 of
 """
 
 import re
+from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
 from llamapro.config import LlamaConfig
 from llamapro.expansion import expanded_config
-from llamapro.placement import Slot, place_blocks
-from llamapro_kernels.attention import visible_pairs
+from llamapro.markdown import table
+from llamapro.placement import place_blocks
+from llamapro_kernels import cost
 from llamapro_kernels.block import RECOMPUTE
 from llamapro_kernels.linear_cross_entropy import chunk_bytes
 
@@ -59,81 +63,49 @@ class Workload:
         return range(min(self.trained), len(self.blocks))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes that everything follows from."""
-
-    width: int
-    queries: int  # H D
-    keys: int  # Hkv D
-    inner: int
-    heads: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: LlamaConfig) -> "Shape":
-        return cls(
-            config.hidden_size,
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.vocab_size,
-        )
-
-    @property
-    def matrices(self) -> int:
-        """Weights in the matrices of a block."""
-        return self.width * (2 * self.queries + 2 * self.keys + 3 * self.inner)
+def block_shape(config: LlamaConfig) -> cost.BlockShape:
+    """The sizes of each block."""
+    return cost.BlockShape(
+        width=config.hidden_size,
+        queries=config.num_attention_heads * config.head_dim,
+        keys=config.num_key_value_heads * config.head_dim,
+        inner=config.intermediate_size,
+        heads=config.num_attention_heads,
+    )
 
 
 def parameters(config: LlamaConfig) -> dict[str, int]:
-    """Of one block, and of everything else."""
-    shape = Shape.of(config)
+    """Count the parameters of one block, and of everything else."""
+    shape = block_shape(config)
     block = shape.matrices + 2 * shape.width
     if config.attention_bias:
         block += shape.queries + 2 * shape.keys + shape.width
     if config.mlp_bias:
         block += 2 * shape.inner + shape.width
     tables = 1 if config.tie_word_embeddings else 2
-    return {"block": block, "rest": tables * shape.vocabulary * shape.width + shape.width}
+    return {"block": block, "rest": tables * config.vocab_size * shape.width + shape.width}
 
 
 def flops(work: Workload, recompute: list[str] | None = None) -> dict[str, int]:
     """FLOPs of one step, exactly: each multiplication and each addition of a matrix product.
 
-    The first three are those of the blocks' weights. recompute: the policy of each block, "none" by
-    default. Elementwise work is not counted.
+    All but those of the head are those of the blocks, see `cost.flops`. recompute: the policy of
+    each block, "none" by default. Elementwise work is not counted.
     """
-    shape, count, blocks = Shape.of(work.config), work.tokens, len(work.blocks)
-    recompute = recompute or ["none"] * blocks
-    pairs = visible_pairs(work.length, work.length)
-    attention = 4 * work.batch * shape.queries * pairs
-    head = 2 * count * shape.width * shape.vocabulary
-    block = 2 * count * shape.matrices
-    again = {
-        "none": 0,
-        "mlp": 4 * count * shape.width * shape.inner,
-        "block": block - 2 * count * shape.width * shape.inner + attention,
-    }
-    return {
-        "forward": blocks * block,
-        "input gradient": len(work.blocks_in_backward) * block,
-        "weight gradient": len(work.trained) * block,
-        "attention": (2 * blocks + 5 * len(work.blocks_in_backward)) * attention // 2,
-        "head": (2 + (work.trainable is None)) * head,
-        "recomputed": sum(again[recompute[i]] for i in work.blocks_in_backward),
-    }
-
-
-def saved_bytes(work: Workload, recompute: str) -> int:
-    """What one block keeps for backward."""
-    shape, size = Shape.of(work.config), work.dtype.itemsize
-    light = (2 * shape.width + 2 * shape.queries + 2 * shape.keys) * size + 4 * (
-        2 * shape.heads + 2
-    )
-    a_token = {"block": shape.width * size, "mlp": light, "none": light + 2 * shape.inner * size}
-    return work.tokens * a_token[recompute]
+    recompute = recompute or ["none"] * len(work.blocks)
+    trained, total = set(work.trained), Counter()
+    kinds = Counter((i in work.blocks_in_backward, i in trained, recompute[i]) for i in work.blocks)
+    shape = block_shape(work.config)
+    for (backward, is_trained, policy), count in kinds.items():
+        of_one = cost.flops(
+            *(shape, work.batch, work.length),
+            backward=backward,
+            trained=is_trained,
+            recompute=policy,
+        )
+        total.update({name: count * value for name, value in of_one.items()})
+    head = 2 * work.tokens * shape.width * work.config.vocab_size
+    return {**total, "head": (2 + (work.trainable is None)) * head}
 
 
 def memory(work: Workload, recompute: list[str]) -> dict[str, int]:
@@ -143,100 +115,114 @@ def memory(work: Workload, recompute: list[str]) -> dict[str, int]:
     or in some block on the way down, or after them. What the allocator loses between tensors
     comes on top, and so does what the libraries take.
     """
-    shape, counts, size = Shape.of(work.config), parameters(work.config), work.dtype.itemsize
+    fixed, peak = _fixed(work), max(_moments(work, recompute), key=sum)
+    parts = fixed | dict(zip(("activations", "gradients", "loss"), peak, strict=True))
+    return parts | {"total": sum(parts.values())}
+
+
+def _fixed(work):
+    """Bytes that are there all the time."""
+    counts, size = parameters(work.config), work.dtype.itemsize
     total = len(work.blocks) * counts["block"] + counts["rest"]
-    trained = len(work.trained) * counts["block"]
-    trained = total if work.trainable is None else trained
+    trained = total if work.trainable is None else len(work.trained) * counts["block"]
     own_master = size == 4  # an fp32 parameter is its own
-    fixed = {
+    return {
         "weights": total * size,
         "masters": 0 if own_master else trained * MASTER,
         "optimizer": trained * MOMENTS,
     }
-    moments = _moments(work, recompute, shape, counts)
-    _, at_peak = max(moments.items(), key=lambda item: sum(item[1].values()))
-    return fixed | at_peak | {"total": sum(fixed.values()) + sum(at_peak.values())}
 
 
-def _moments(work, recompute, shape, counts):
-    """Activations, gradients and scratch at each moment that may be the peak."""
-    size, count = work.dtype.itemsize, work.tokens
-    kept = {i: saved_bytes(work, recompute[i]) for i in work.blocks_in_backward}
+def _moments(work, recompute):
+    """(activations and scratch, gradients, loss) in bytes, at each moment that may be the peak.
+
+    The first is the loss; then come the blocks, from the last one down; then the embeddings'
+    gradient, and the optimizer's step.
+    """
+    shape, size, tokens = block_shape(work.config), work.dtype.itemsize, work.tokens
+    counts, trained = parameters(work.config), set(work.trained)
+    saved, scratch = _bytes_by_policy(work)
     rest = counts["rest"] if work.trainable is None else 0
-    hidden = 3 * count * shape.width * size  # before and after the last norm, and their gradient
-    chunk = chunk_bytes(count, shape.vocabulary, size, work.device)
-    moments = {"loss": (sum(kept.values()), rest * GRADIENT, chunk + hidden)}
-    gradients = 0
+    hidden = 3 * tokens * shape.width * size  # before and after the last norm, and their gradient
+    chunk = chunk_bytes(tokens, work.config.vocab_size, size, work.device)
+    activations, gradients = sum(saved[recompute[i]] for i in work.blocks_in_backward), 0
+    moments = [(activations, rest * GRADIENT, chunk + hidden)]
     for i in reversed(work.blocks_in_backward):
-        gradients += counts["block"] * GRADIENT * (i in work.trained)
-        below = sum(kept[j] for j in kept if j <= i)
+        gradients += counts["block"] * GRADIENT * (i in trained)
         # The head's gradient waits in the model's dtype: the embeddings may add to it.
-        moments[f"block {i}"] = (
-            below + _scratch(work, shape, recompute[i]),
-            gradients + rest * size,
-            0,
-        )
+        moments.append((activations + scratch[recompute[i]], gradients + rest * size, 0))
+        activations -= saved[recompute[i]]
     gradients += rest * GRADIENT
-    moments["embeddings"] = (0, gradients + 2 * rest * size, 0)
-    moments["optimizer"] = (0, gradients, 0)
-    names = ("activations", "gradients", "loss")
-    return {name: dict(zip(names, parts, strict=True)) for name, parts in moments.items()}
+    return [*moments, (0, gradients + 2 * rest * size, 0), (0, gradients, 0)]
 
 
-def _scratch(work, shape, recompute):
-    """What backward of a block holds beside what was kept."""
-    mlp = 3 * shape.inner + 2 * shape.width  # the product's gradient, gate_up's, dy and dh
-    attention = 2 * shape.queries + 2 * shape.keys + 3 * shape.width  # do and dqkv; dh and dx
-    again = {
-        "none": 0,
-        "mlp": 2 * shape.inner,
-        "block": 2 * shape.inner + shape.width + 2 * shape.queries + 2 * shape.keys,
-    }
-    return work.tokens * (max(mlp, attention) + again[recompute]) * work.dtype.itemsize
+def _bytes_by_policy(work):
+    """What a block saves, and what its backward needs beside, for each policy."""
+    sizes = block_shape(work.config), work.tokens, work.dtype.itemsize
+    return tuple(
+        {policy: function(*sizes, policy) for policy in RECOMPUTE}
+        for function in (cost.saved_bytes, cost.scratch_bytes)
+    )
 
 
 def choose_recompute(work: Workload, limit: float) -> list[str]:
     """The policies that fit `limit` bytes with little recomputation.
 
-    Blocks change from "none" to "mlp", lowest first, because these are kept longest; then to
-    "block"; then those change back that turn out to be elsewhere than at the peak. Raises
+    Blocks change from "none" to "mlp", lowest first, because their activations are held longest;
+    then to "block"; then those change back that turn out to be elsewhere than at the peak. Raises
     ValueError when nothing fits, with the least that it would take.
     """
-    recompute, parts = ["none"] * len(work.blocks), []
-    for kind, i in [
-        ("none", 0),
-        *((kind, i) for kind in RECOMPUTE[1:] for i in work.blocks_in_backward),
-    ]:
-        recompute[i] = kind
-        parts.append(memory(work, recompute))
-        if parts[-1]["total"] <= limit:
-            return _undo(work, recompute, limit)
-    least = min(parts, key=lambda part: part["total"])
-    fixed = least["weights"] + least["masters"] + least["optimizer"]
+
+    def fits(changes):
+        return memory(work, _policies(work, changes))["total"] <= limit
+
+    most = (len(RECOMPUTE) - 1) * len(work.blocks_in_backward)
+    if fits(most):  # no change raises the peak, so the first of them that fits is found by halving
+        fewest = bisect_left(range(most), True, key=fits)
+        return _recompute_less(work, _policies(work, fewest), limit)
+    least, fixed = memory(work, _policies(work, most))["total"], sum(_fixed(work).values())
     raise ValueError(
-        f"a batch of {work.batch} x {work.length} tokens needs at least {least['total'] / 1e9:.2f}"
+        f"a batch of {work.batch} x {work.length} tokens needs at least {least / 1e9:.2f}"
         f" GB, {fixed / 1e9:.2f} of them for weights and optimizer, got {limit / 1e9:.2f} GB"
     )
 
 
-def _undo(work, recompute, limit):
+def _policies(work, changes):
+    """The policies after so many changes to the next one, each of the lowest block that is due."""
+    count = len(work.blocks_in_backward)
+    level, changed = divmod(changes, count)
+    below = ["none"] * work.blocks_in_backward.start
+    return below + [RECOMPUTE[level + (at < changed)] for at in range(count)]
+
+
+def _recompute_less(work, recompute, limit):
+    """Let each block, lowest first, recompute less where the step still fits.
+
+    More bytes saved by a block raise its own moment and all before it: the loss, and the blocks
+    above. Those are tracked by their peak, and by what was added to all of them so far.
+    """
+    fixed, recompute, added = sum(_fixed(work).values()), list(recompute), 0
+    saved, scratch = _bytes_by_policy(work)
+    totals = [fixed + sum(moment) for moment in _moments(work, recompute)]
+    peaks = list(accumulate(totals, max))
+    last = len(work.blocks) - 1
     for i in work.blocks_in_backward:
-        for kind in RECOMPUTE[: RECOMPUTE.index(recompute[i])]:
-            less = [*recompute[:i], kind, *recompute[i + 1 :]]
-            if memory(work, less)["total"] <= limit:
-                recompute = less
+        at, now = last - i, recompute[i]  # of the loss and the blocks above in `totals`
+        for policy in RECOMPUTE[: RECOMPUTE.index(now)]:
+            more = added + saved[policy] - saved[now]
+            own = totals[at + 1] + more + scratch[policy] - scratch[now]
+            if max(peaks[at] + more, own) <= limit:
+                recompute[i], added = policy, more
                 break
     return recompute
 
 
 def largest_batch(work: Workload, limit: float) -> int:
     """Rows of a step that fit `limit` bytes with the best policies; 0 when not even one does."""
+    most = ["block"] * len(work.blocks)
 
     def fits(batch):
-        try:
-            return bool(choose_recompute(replace(work, batch=batch), limit))
-        except ValueError:
-            return False
+        return memory(replace(work, batch=batch), most)["total"] <= limit
 
     low, high = 0, 1
     while fits(high):
@@ -261,20 +247,6 @@ def usable(text: str) -> float:
     return USABLE * parse_bytes(text)
 
 
-PLANS = ("interleaved", "interleaved in the top half", "suffix", "prefix")
-
-
-def slots_of(blocks: int, new_blocks: int, plan: str) -> list[Slot]:
-    """A placement of `place_blocks`, or the interleaved one of the top half alone."""
-    if plan != "interleaved in the top half":
-        return place_blocks(blocks, new_blocks, plan)
-    below = blocks - max(new_blocks, blocks // 2)
-    above = place_blocks(blocks - below, new_blocks, "interleaved")
-    return [Slot(i, False) for i in range(below)] + [
-        Slot(slot.source + below, slot.new) for slot in above
-    ]
-
-
 def plan(
     base: LlamaConfig,
     new_blocks: int,
@@ -290,7 +262,7 @@ def plan(
     tuning = Workload(base, None, batch, length, dtype, device)
     lines, details, refused = [], [], []
     for name in placements:
-        slots = slots_of(base.num_hidden_layers, new_blocks, name)
+        slots = place_blocks(base.num_hidden_layers, new_blocks, name)
         config = expanded_config(base, slots)
         work = Workload(config, tuple(config.new_blocks), batch, length, dtype, device)
         try:
@@ -342,17 +314,8 @@ def _details(work, chosen):
         plans["chosen"] = chosen
     rows = []
     for name, recompute in plans.items():
-        cost, bytes_of = flops(work, recompute), memory(work, recompute)
-        again = f"{cost['recomputed'] / (sum(cost.values()) - cost['recomputed']):+.1%}"
+        operations, bytes_of = flops(work, recompute), memory(work, recompute)
+        again = operations["recomputed"]
+        again = f"{again / (sum(operations.values()) - again):+.1%}"
         rows.append([name, again, *(f"{size / 1e9:.2f}" for size in bytes_of.values())])
     return table(["recompute", "FLOPs", *(f"{name}, GB" for name in bytes_of)], rows)
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table whose columns are aligned, to be read as it is too."""
-    widths = [max(len(cells[i]) for cells in (head, *rows)) for i in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return [
-        f"| {' | '.join(c.ljust(w) for c, w in zip(cells, widths, strict=True))} |"
-        for cells in (head, rule, *rows)
-    ]

@@ -106,7 +106,9 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.name() == "llamapro::linear_cross_entropy":  # has products inside
             with self:
-                return library._ops["linear_cross_entropy"]._router("forward")(*args)
+                op = library._ops["linear_cross_entropy"]
+                backend = op.backend_for(args[0].device.type, args[0].dtype)
+                return op.implementations[backend]["forward"](*args)
         if function in PRODUCTS:
             tensors = [self.like(t) for t in args if isinstance(t, torch.Tensor)]
             self.seen.append((function, tensors[:2] if function is TILED else tensors[-2:]))

@@ -152,6 +152,7 @@ def prepare(name, wanted):
     if "x" in leaves:
         sizes["rows"] = leaves["x"].shape[:-1].numel()
         sizes["stats"] = 2 * sizes["rows"]
+    if "weight" in leaves:
         sizes["gate_up"] = sizes["rows"] * len(leaves["weight"])
         sizes["logits"] = 11 * (-(-len(leaves["weight"]) // 16) * 16)  # rows begin aligned
     for key in wanted.split():

@@ -1,9 +1,9 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from compare import DEVICE, DTYPES
 
 import llamapro_kernels as lk
+from benchmarks import plain
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -20,14 +20,9 @@ def test_attention(compare, batch, length, heads, kv_heads, dim, dtype):
     def step(function):
         return lambda: torch.autograd.grad(function(q, k, v), [q, k, v], do)
 
-    def sdpa(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return o.transpose(1, 2)
-
     compare(
         step(lk.flash_attention),
-        {"sdpa": step(sdpa)},
+        {"sdpa": step(plain.sdpa)},
         flops=7 * batch * heads * length**2 * dim,  # half of 4 forward and of 10 backward
         dtype=dtype,
     )

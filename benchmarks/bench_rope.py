@@ -3,6 +3,7 @@ import torch
 from compare import DEVICE, DTYPES
 
 import llamapro_kernels as lk
+from benchmarks import plain
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -18,16 +19,12 @@ def test_rope(compare, length, heads, kv_heads, dim, dtype):
     def step(function):
         return lambda: torch.autograd.grad(function(q, k), [q, k], grads)
 
-    def plain(q, k):
-        def rotate(x):
-            x1, x2 = x.chunk(2, -1)
-            return x * cos[:, None] + torch.cat((-x2, x1), -1) * sin[:, None]
-
-        return rotate(q), rotate(k)
+    def peer(q, k):
+        return plain.rope(q, k, cos, sin)
 
     compare(
         step(lambda q, k: lk.rope(q, k, cos, sin)),
-        {"plain": step(plain), "compiled": step(torch.compile(plain))},
+        {"plain": step(peer), "compiled": step(torch.compile(peer))},
         bytes=4 * (q.nbytes + k.nbytes),
         dtype=dtype,
     )

@@ -1,9 +1,9 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from compare import DEVICE, DTYPES
 
 import llamapro_kernels as lk
+from benchmarks import plain
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -16,13 +16,9 @@ def test_swiglu(compare, rows, width, dtype):
     def step(function):
         return lambda: torch.autograd.grad(function(gate_up), [gate_up], dy)
 
-    def plain(gate_up):
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
-
     compare(
         step(lk.swiglu),
-        {"plain": step(plain), "compiled": step(torch.compile(plain))},
+        {"plain": step(plain.swiglu), "compiled": step(torch.compile(plain.swiglu))},
         bytes=4 * gate_up.nbytes,  # read 2I, write I; read 3I, write 2I
         dtype=dtype,
     )

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 import llamapro_kernels as lk
+from benchmarks import plain
 
 SIZES = ("typical", "odd", "one", "empty")
 
@@ -43,21 +43,6 @@ def norm_inputs(*names):
 EPS = 0.02  # not the default, and large enough to matter
 
 
-def plain_norm(x, weight):
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    xf = x.to(dtype)
-    return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
-
-
-def plain_add_norm(x, residual, weight):
-    return plain_norm(x + residual, weight), x + residual
-
-
-def plain_swiglu(gate_up):
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
-
-
 def linear_swiglu_inputs(size):
     *tokens, n = rows(size)
     return {"x": rand(*tokens, n), "weight": rand(34, n) / math.sqrt(n)}
@@ -81,15 +66,6 @@ def rope_constants(size):
     return {"cos": angles.cos(), "sin": angles.sin()}
 
 
-def plain_rope(q, k, cos, sin):
-    def rotate(x):
-        x1, x2 = x.chunk(2, -1)
-        c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-        return x * c + torch.cat((-x2, x1), -1) * s
-
-    return rotate(q), rotate(k)
-
-
 def attention_inputs(keys=None, batch=None):
     def make(size):
         b, t, h, hkv, d = heads(size)
@@ -105,33 +81,12 @@ def documents(size):
     return {"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)}
 
 
-def plain_attention(q, k, v, *, causal=True, window=None, cu_seqlens=None, scale=None):
-    """Explicit scores, a key at a time visible or not by the rules as the public docstring has."""
-    t, s = q.shape[1], k.shape[1]
-    query, key = torch.arange(t)[:, None] + s - t, torch.arange(s)
-    seen = torch.ones(t, s, dtype=torch.bool)
-    if causal:
-        seen &= key <= query
-    if window:
-        seen &= query - key < window
-    if cu_seqlens is not None:
-        ends = cu_seqlens[1:, None].cpu()
-        document = (torch.arange(s) >= ends).sum(0)
-        seen &= document[:, None] == document
-    seen = seen.to(q.device)
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * (scale or 1 / math.sqrt(q.shape[-1]))
-    p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    p = p.masked_fill(~seen.any(-1, keepdim=True), 0.0)
-    return torch.einsum("bhts,bshd->bthd", p, v)
-
-
 def attention(make, constants=lambda size: {}, **options):
     return Case(
         "flash_attention",
         make,
         lambda q, k, v, **more: lk.flash_attention(q, k, v, **options, **more),
-        lambda q, k, v, **more: plain_attention(q, k, v, **options, **more),
+        lambda q, k, v, **more: plain.attention(q, k, v, **options, **more),
         constants,
     )
 
@@ -158,18 +113,17 @@ def targets(ignored):
 
 
 def cross_entropy(reduction, ignored):
-    def plain(x, weight, targets):
-        logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
+    def expected(x, weight, targets):
         if reduction != "mean":
-            return F.cross_entropy(logits, targets, reduction=reduction)
+            return plain.linear_cross_entropy(x, weight, targets, reduction=reduction)
         valid = (targets != -100).sum().clamp(min=1)  # plain "mean" of nothing is NaN
-        return F.cross_entropy(logits, targets, reduction="sum") / valid
+        return plain.linear_cross_entropy(x, weight, targets, reduction="sum") / valid
 
     return Case(
         "linear_cross_entropy",
         head_inputs,
         lambda x, weight, targets: lk.linear_cross_entropy(x, weight, targets, reduction=reduction),
-        plain,
+        expected,
         targets(ignored),
         # A head whose rows are all alike has gradients that cancel to nothing but rounding.
         never_expanded=("weight",),
@@ -178,26 +132,29 @@ def cross_entropy(reduction, ignored):
 
 CASES = {
     "rms_norm": Case(
-        "rms_norm", norm_inputs("x"), lambda x, weight: lk.rms_norm(x, weight, EPS), plain_norm
+        "rms_norm",
+        norm_inputs("x"),
+        lambda x, weight: lk.rms_norm(x, weight, EPS),
+        lambda x, weight: plain.rms_norm(x, weight, EPS),
     ),
     "add_rms_norm": Case(
         "add_rms_norm",
         norm_inputs("x", "residual"),
         lambda x, residual, weight: lk.add_rms_norm(x, residual, weight, EPS),
-        plain_add_norm,
+        lambda x, residual, weight: plain.add_rms_norm(x, residual, weight, EPS),
     ),
-    "rope": Case("rope", rope_inputs, lk.rope, plain_rope, rope_constants),
+    "rope": Case("rope", rope_inputs, lk.rope, plain.rope, rope_constants),
     "swiglu": Case(
         "swiglu",
         lambda size: {"gate_up": 3 * rand(*rows(size)[:-1], 2 * rows(size)[-1])},
         lk.swiglu,
-        plain_swiglu,
+        plain.swiglu,
     ),
     "linear_swiglu": Case(
         "linear_swiglu",
         linear_swiglu_inputs,
         lk.linear_swiglu,
-        lambda x, weight: plain_swiglu(F.linear(x, weight)),
+        plain.linear_swiglu,
     ),
     "attention": attention(attention_inputs()),
     "attention_full": attention(attention_inputs(keys=3), causal=False, scale=0.3),

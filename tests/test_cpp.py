@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import CASES, plain_attention
+from op_cases import CASES
 from test_ops import as_tuple, convert, draw, run
 
 import llamapro_kernels as lk
+from benchmarks.plain import attention as plain_attention
 from llamapro_kernels import cpu, library
 
 pytestmark = pytest.mark.skipif(cpu.WHY_NO_BUILD is not None, reason=str(cpu.WHY_NO_BUILD))

@@ -7,12 +7,12 @@ rounding of what is stored and of the terms that are summed.
 
 import pytest
 import torch
-import torch.nn.functional as F
 from op_cases import CASES
 from test_ops import DEVICE, PAIRS, as_tuple, dtypes, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llamapro_kernels as lk
+from benchmarks.plain import linear_cross_entropy, sdpa
 from llamapro_kernels import cpu, gpu, library
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -26,11 +26,9 @@ def typed(op):
             yield from ((backend, dtype) for dtype in dtypes(backend) if dtype != torch.float64)
 
 
-def sdpa(q, k, v, **options):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+def math_sdpa(q, k, v, **options):
     with sdpa_kernel(SDPBackend.MATH):
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, **options)
-    return o.transpose(1, 2)
+        return sdpa(q, k, v, **options)
 
 
 def assert_close(ours, plain, truth, dtype, term=0.0, condition=0.0):
@@ -69,13 +67,13 @@ def test_attention_with_scores_of_any_size(backend, dtype, size):
         return [o.detach(), *torch.autograd.grad(o, leaves, do.to(o))]
 
     exact = [x.double() for x in (q, k, v)]
-    plain, truth = results(sdpa, (q, k, v)), results(sdpa, exact)
+    plain, truth = results(math_sdpa, (q, k, v)), results(math_sdpa, exact)
     with lk.use_backend(backend):
         ours = results(lk.flash_attention, [x.to(DEVICE) for x in (q, k, v)])
     # ds = p * (do v^T - do o^T) cancels, and o is stored in the dtype. (PyTorch's math is in fp32.)
     dp = torch.einsum("bthd,bshd->bhts", do[:, :, ::2].double().abs(), v.double().abs()).max()
     terms = [0.0, *(scale * dp.item() * x.abs().max().item() for x in (exact[1], exact[0])), 0.0]
-    moves = conditions(truth, lambda near: results(sdpa, near), exact)
+    moves = conditions(truth, lambda near: results(math_sdpa, near), exact)
     for *values, term, moved in zip(ours, plain, truth, terms, moves, strict=True):
         assert_close(*values, dtype, term, moved)
 
@@ -132,8 +130,7 @@ def test_losses_with_logits_of_any_size(backend, dtype, size, reduction):
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
     def plain(x, weight, targets):
-        logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, reduction=reduction)
+        return linear_cross_entropy(x, weight, targets, reduction=reduction)
 
     def fused(x, weight, targets):
         return lk.linear_cross_entropy(x, weight, targets, reduction=reduction)

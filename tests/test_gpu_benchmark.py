@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import llamapro_kernels as lk
+from benchmarks import plain
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import cases as gpu_cases
 from benchmarks.gpu import measure as gpu_measure
@@ -150,16 +151,16 @@ def test_markdown_comes_from_the_json_alone(path, report, monkeypatch, capsys):
 
 
 def with_another_gradient(gate_up):
-    y = gpu_cases.plain_swiglu(gate_up)
+    y = plain.swiglu(gate_up)
     return y + 0.1 * (gate_up - gate_up.detach())[..., : y.shape[-1]]
 
 
 @pytest.mark.parametrize(
     "function, broken",
     [
-        (lambda x: gpu_cases.plain_swiglu(x) * 1.05, "output 0"),
-        (lambda x: gpu_cases.plain_swiglu(x) * float("nan"), "output 0"),
-        (lambda x: gpu_cases.plain_swiglu(x)[:1], "shape"),
+        (lambda x: plain.swiglu(x) * 1.05, "output 0"),
+        (lambda x: plain.swiglu(x) * float("nan"), "output 0"),
+        (lambda x: plain.swiglu(x)[:1], "shape"),
         (with_another_gradient, "dgate_up"),
     ],
     ids=["value", "nan", "shape", "gradient"],

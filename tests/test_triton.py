@@ -8,11 +8,12 @@ from unittest import mock
 
 import pytest
 import torch
-from op_cases import CASES, plain_attention
+from op_cases import CASES
 from test_ops import DEVICE, as_tuple, convert, draw, move
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import llamapro_kernels as lk
+from benchmarks.plain import attention as plain_attention
 from llamapro_kernels import attention_triton, gpu, library, matmul
 
 pytestmark = pytest.mark.skipif(

@@ -2,11 +2,13 @@
 
 import importlib
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 import llamapro_kernels as lk
+from benchmarks import plain
 from benchmarks.gpu.attention import attention, packed, windowed
 from benchmarks.gpu.measure import Case, Peer
 
@@ -73,20 +75,10 @@ def liger(device, file, name, *options):
     return {"Liger": Peer(lambda *x: function.apply(*x, *options))} if device == "cuda" else {}
 
 
-def plain_norm(x, weight):
-    return F.rms_norm(x, weight.shape, weight, EPS)
-
-
-def plain_add_norm(x, residual, weight):
-    total = x + residual
-    return plain_norm(total, weight), total
-
-
-NORMS = {  # inputs, plain, Liger's file and name, tensors moved forward and backward
-    "rms_norm": (("x",), plain_norm, "rms_norm", "LigerRMSNormFunction", 2, 3),
+NORMS = {  # inputs, Liger's file and name, tensors moved forward and backward
+    "rms_norm": (("x",), "rms_norm", "LigerRMSNormFunction", 2, 3),
     "add_rms_norm": (
         ("x", "residual"),
-        plain_add_norm,
         "fused_add_rms_norm",
         "LigerFusedAddRMSNormFunction",
         4,
@@ -97,7 +89,8 @@ NORMS = {  # inputs, plain, Liger's file and name, tensors moved forward and bac
 
 def norm(op, name, model, rows, device, trainable, **more):
     """x, the residual and, where it is trainable, the weight want gradients."""
-    inputs, plain, file, function, forward, backward = NORMS[op]
+    inputs, file, function, forward, backward = NORMS[op]
+    formula = partial(getattr(plain, op), eps=EPS)
 
     def make(device, dtype):
         where = {"device": device, "dtype": dtype}
@@ -110,23 +103,18 @@ def norm(op, name, model, rows, device, trainable, **more):
         f"{name}, {rows} x {model.width}",
         make,
         public(op),
-        plain,
+        formula,
         (*inputs, "weight") if trainable else inputs,
         "bytes",
         forward=forward * 2 * rows * model.width,
         backward=backward * 2 * rows * model.width,
         terms=max(rows, model.width),
         peers={
-            "plain": Peer(plain),
+            "plain": Peer(formula),
             **liger(device, file, function, EPS, 0.0, "llama", in_place),
         },
         **more,
     )
-
-
-def plain_swiglu(gate_up):
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 def swiglu(name, model, rows, device, **more):
@@ -137,26 +125,18 @@ def swiglu(name, model, rows, device, **more):
             "gate_up": normal(rows, 2 * model.inner, device=device, dtype=dtype)
         },
         public("swiglu"),
-        plain_swiglu,
+        plain.swiglu,
         ("gate_up",),
         "bytes",
         forward=3 * 2 * rows * model.inner,
         backward=5 * 2 * rows * model.inner,
         terms=1,
         peers={
-            "plain": Peer(plain_swiglu),
+            "plain": Peer(plain.swiglu),
             **liger(device, "swiglu", "LigerFusedGateUpSiLUMulFunction", False),
         },
         **more,
     )
-
-
-def plain_rope(q, k, cos, sin):
-    def rotate(x):
-        x1, x2 = x.chunk(2, -1)
-        return x * cos[:, None].to(x.dtype) + torch.cat((-x2, x1), -1) * sin[:, None].to(x.dtype)
-
-    return rotate(q), rotate(k)
 
 
 def rope(name, model, batch, length, wanted=("q", "k"), **more):
@@ -176,21 +156,15 @@ def rope(name, model, batch, length, wanted=("q", "k"), **more):
         f"{name}, {batch} x {length}, {model.heads} and {model.kv_heads} heads of {model.dim}",
         make,
         public("rope"),
-        plain_rope,
+        plain.rope,
         wanted,
         "bytes",
         forward=head * sum(heads.values()),
         backward=head * sum(heads[n] for n in wanted),
         terms=2,
-        peers={"plain": Peer(plain_rope)},
+        peers={"plain": Peer(plain.rope)},
         **more,
     )
-
-
-def plain_loss(x, weight, targets):
-    """As trainers write it, with fp32 logits for the loss."""
-    logits = F.linear(x, weight)
-    return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets)
 
 
 def bf16_loss(x, weight, targets):
@@ -218,22 +192,22 @@ def loss(name, model, tokens, device, wanted, **more):
         f"{name}, {tokens} x {model.width}, vocabulary {model.vocabulary}",
         make,
         public("linear_cross_entropy"),
-        plain_loss,
+        plain.linear_cross_entropy,
         wanted,
         "flops",
         forward=product,
         backward=len(wanted) * product,
         terms=max(tokens, model.width),
         **{
-            "peers": {"plain": Peer(plain_loss), "plain, 16-bit loss": Peer(bf16_loss), **first},
+            "peers": {
+                "plain": Peer(plain.linear_cross_entropy),
+                "plain, 16-bit loss": Peer(bf16_loss),
+                **first,
+            },
             "passes": ("both",) if wanted else ("forward",),
             **more,
         },
     )
-
-
-def plain_linear_swiglu(x, weight):
-    return plain_swiglu(F.linear(x, weight))
 
 
 def linear_swiglu(name, model, tokens, wanted, **more):
@@ -250,7 +224,7 @@ def linear_swiglu(name, model, tokens, wanted, **more):
         f"{name}, {tokens} x {model.width} to 2 x {model.inner}",
         make,
         public("linear_swiglu"),
-        plain_linear_swiglu,
+        plain.linear_swiglu,
         wanted,
         "flops",
         forward=product,
@@ -258,7 +232,7 @@ def linear_swiglu(name, model, tokens, wanted, **more):
         terms=max(tokens, 2 * model.inner),
         peers={
             "matmul, lk.swiglu": Peer(lambda x, weight: lk.swiglu(F.linear(x, weight))),
-            "plain": Peer(plain_linear_swiglu),
+            "plain": Peer(plain.linear_swiglu),
         },
         **more,
     )

@@ -35,6 +35,7 @@ from llamapro.storage import write_json
 from llamapro.train.optimizer import Optimizer
 
 import llamapro_kernels as lk
+from benchmarks import plain
 from benchmarks.gpu.measure import installed
 from benchmarks.gpu.report import step_markdown
 
@@ -81,24 +82,19 @@ def configuration(shape, new_blocks, placement):
     return expanded_config(base, place_blocks(base.num_hidden_layers, new_blocks, placement))
 
 
-def rotate(x, cos, sin):
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
-
-
 def composition(x, w, cos, sin, *, eps, cu_seqlens=None, cache=None, recompute="none"):
     """`lk.decoder_block` as plain PyTorch, with SDPA."""
-    dim, width = cos.shape[-1], x.shape[-1:]
+    dim = cos.shape[-1]
     heads = w.o_proj.shape[1] // dim
     kv_heads = (w.qkv.shape[0] // dim - heads) // 2
-    normed = F.rms_norm(x, width, w.attention_norm, eps)
+    normed = plain.rms_norm(x, w.attention_norm, eps)
     qkv = F.linear(normed, w.qkv).unflatten(-1, (-1, dim)).transpose(1, 2)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-    q, k = (rotate(t, cos.to(x.dtype), sin.to(x.dtype)) for t in (q, k))
+    q, k = (plain.rotate(t, cos.to(x.dtype), sin.to(x.dtype)) for t in (q, k))
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     h = x + F.linear(o.transpose(1, 2).flatten(2), w.o_proj)
-    gate, up = F.linear(F.rms_norm(h, width, w.mlp_norm, eps), w.gate_up).chunk(2, -1)
-    return h + F.linear(F.silu(gate) * up, w.down_proj)
+    hidden = plain.linear_swiglu(plain.rms_norm(h, w.mlp_norm, eps), w.gate_up)
+    return h + F.linear(hidden, w.down_proj)
 
 
 def our_model(config, recompute, device):

@@ -35,7 +35,11 @@ class Allocations(TorchDispatchMode):
         }
         result = function(*args, **(kwargs or {}))
         for t in result if isinstance(result, list) else as_tuple(result):
-            if t is not None and t.numel() and t.untyped_storage()._cdata not in given:
+            if (
+                isinstance(t, torch.Tensor)
+                and t.numel()
+                and t.untyped_storage()._cdata not in given
+            ):
                 self.sizes.append(t.numel())
         return result
 

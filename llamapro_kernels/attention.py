@@ -33,37 +33,38 @@ LARGEST_SCALE = torch.finfo(torch.float32).max / LOG2E  # in base 2 it is still 
 
 
 def flash_attention_reference(q, k, v, cu_seqlens, causal, scale, window):
-    """Ground truth: o and stats by explicit scores."""
-    qg, kg, vg = _query_groups(q, k), _heads_first(k), _heads_first(v)
-    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, window)
+    """Ground truth: o and stats by explicit scores, G = H / Hkv query heads to a key head."""
+    qg = _query_groups(q, k)  # (B, Hkv, G T, D)
+    kg, vg = _heads_first(k), _heads_first(v)  # (B, Hkv, S, D)
+    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, window)  # (B, Hkv, G T, S)
     peak = scores.amax(-1, keepdim=True) if k.shape[1] else scores.sum(-1, keepdim=True)
     peak = peak.masked_fill(peak == float("-inf"), 0)  # so that p is 0 and not NaN
     p = scores.sub_(peak).mul_(scale * LOG2E).exp2_()
-    total = p.sum(-1, keepdim=True)
+    total = p.sum(-1, keepdim=True)  # (B, Hkv, G T, 1)
     total = total.masked_fill(total == 0, 1)
     stats = [x.reshape(q.shape[0], q.shape[2], q.shape[1]) for x in (peak, total.log2())]
-    return _ungrouped((p @ vg) / total, q), torch.stack(stats, 2)
+    return _ungrouped((p @ vg) / total, q), torch.stack(stats, 2)  # (B, T, H, D), (B, H, 2, T)
 
 
 def flash_attention_backward_reference(
     do, q, k, v, o, stats, cu_seqlens, causal, scale, window, want_q, want_k, want_v
 ):
-    """v and o are None when only dv is wanted."""
-    qg, dog = _query_groups(q, k), _query_groups(do, k)
-    kg = _heads_first(k)
-    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, window)
+    """Compute dq, dk and dv, those that are wanted; v and o are None when only dv is."""
+    qg, dog = _query_groups(q, k), _query_groups(do, k)  # (B, Hkv, G T, D)
+    kg = _heads_first(k)  # (B, Hkv, S, D)
+    scores = _scores(qg, kg, q.shape[1], cu_seqlens, causal, window)  # (B, Hkv, G T, S)
     peak, log_total = (x.reshape(*scores.shape[:-1], 1) for x in stats.unbind(2))
     p = scores.sub_(peak).mul_(scale * LOG2E).sub_(log_total).exp2_()
     dq, dk, dv = q.new_empty(0), k.new_empty(0), k.new_empty(0)
     if want_v:
-        dv = (p.mT @ dog).transpose(1, 2).to(k.dtype)
+        dv = (p.mT @ dog).transpose(1, 2).to(k.dtype)  # (B, S, Hkv, D)
     if want_q or want_k:
-        dp = dog @ _heads_first(v).mT
+        dp = dog @ _heads_first(v).mT  # (B, Hkv, G T, S)
         ds = p * dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(scale)
         if want_q:
-            dq = _ungrouped(ds @ kg, q)
+            dq = _ungrouped(ds @ kg, q)  # (B, T, H, D)
         if want_k:
-            dk = (ds.mT @ qg).transpose(1, 2).to(k.dtype)
+            dk = (ds.mT @ qg).transpose(1, 2).to(k.dtype)  # (B, S, Hkv, D)
     return dq, dk, dv
 
 
@@ -72,7 +73,7 @@ def flash_attention_backward_packed_reference(*saved):
 
 
 def _query_groups(q, k):
-    """(B, T, H, D) as (B, Hkv, G * T, D): one product per key head, without copies of k and v."""
+    """Reshape (B, T, H, D) to (B, Hkv, G T, D): a product per key head, k and v not copied."""
     batch, length, heads, dim = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
     q = q.reshape(batch, length, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
@@ -80,10 +81,12 @@ def _query_groups(q, k):
 
 
 def _heads_first(x):
+    """Turn (B, S, Hkv, D) to (B, Hkv, S, D), in the dtype of sums."""
     return x.to(library.compute_dtype(x.dtype)).transpose(1, 2)
 
 
 def _ungrouped(x, like):
+    """Reshape (B, Hkv, G T, D) back to (B, T, H, D)."""
     batch, length, heads, dim = like.shape
     return x.reshape(batch, heads, length, dim).transpose(1, 2).to(like.dtype)
 
@@ -92,13 +95,14 @@ def _scores(q, k, length, cu_seqlens, causal, window):
     scores = q @ k.mT
     mask = _mask(length, k.shape[2], cu_seqlens, causal, window, q.device)
     if mask is not None:
-        by_query = scores.unflatten(2, (scores.shape[2] // max(1, length), length))
+        groups = scores.shape[2] // max(1, length)
+        by_query = scores.unflatten(2, (groups, length))  # (B, Hkv, G, T, S)
         by_query.masked_fill_(~mask, float("-inf"))
     return scores
 
 
 def _mask(queries, keys, cu_seqlens, causal, window, device):
-    """(T, S), True where the query may see the key; None when every one may."""
+    """Make a mask (T, S), True where the query may see the key; None when every one may."""
     if not causal and cu_seqlens is None:
         return None
     key = torch.arange(keys, device=device)

@@ -12,55 +12,13 @@ from __future__ import annotations
 import torch
 
 from llamapro_kernels import gpu
+from llamapro_kernels.attention_tiles import HELD_IN_REGISTERS, INTERPRETER, TILES
 from llamapro_kernels.gpu import TensorDescriptor, tl, triton
 
 INTERPRETED = tl.constexpr(gpu.INTERPRETED) if tl else None
 LOG2E = 1.4426950408889634  # the softmax is taken in base 2, for which GPUs have an instruction
 L2_BYTES = 2**24  # for what the programs of the heads that run together all read
 PROGRAMS_PER_PROCESSOR = 4  # at least so many run before the next heads start
-# (BLOCK_Q, BLOCK_K, warps, stages) by kernel and padded head dimension: where nothing else is said,
-# the largest that leave no register spilled. Where tensor descriptors cannot be used, newer GPUs
-# take the tiles of sm_86.
-TILES = {
-    "sm_80": {
-        "forward": {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 2)},
-    },
-    "sm_86": {  # 99 KiB of shared memory
-        "forward": {64: (64, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
-        "dkv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 2)},
-    },
-    "sm_90": {  # the fastest of those measured on an H200; two programs a processor up to D = 128
-        "forward": {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
-        "dq": {64: (64, 64, 4, 2), 128: (64, 64, 4, 3), 256: (128, 32, 8, 2)},
-        "dkv": {64: (128, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
-    },
-    "sm_100": {
-        "forward": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        "dq": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "dkv": {64: (32, 128, 8, 2), 128: (64, 128, 8, 1), 256: (32, 64, 8, 1)},
-    },
-    "gfx942": {
-        "forward": {64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 64, 4, 1)},
-        "dq": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
-        "dkv": {64: (64, 128, 4, 1), 128: (32, 128, 4, 1), 256: (32, 32, 4, 1)},
-    },
-    "fp32": {  # without matrix units: their tf32 is not precise enough
-        "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 8, 1)},
-        "dq": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 32, 8, 1)},
-        "dkv": {64: (16, 16, 4, 1), 128: (16, 32, 16, 1), 256: (16, 32, 16, 1)},
-    },
-    "gfx942 fp32": {
-        "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
-        "dq": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-        "dkv": {64: (16, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    },
-}
-# Where the first product's left factor, which stays the same, is held in registers: shared memory
-# has room for a stage more then, and is read half as much.
-HELD_IN_REGISTERS = {("sm_90", "dq", 128), ("sm_90", "dkv", 256)}
 
 
 @gpu.jit
@@ -572,14 +530,13 @@ def _tile_rule(kernel, *operands):
     chip, single = gpu.architecture(x.device), x.dtype == torch.float32
     tma = chip in ("sm_90", "sm_100") and not single and all(map(_describable, operands))
     if chip == "interpreter":
-        tile = (16, 16, 4, 1)  # so that the short sequences of tests take several
+        tile = INTERPRETER
     else:
         chip = "sm_86" if chip in ("sm_90", "sm_100") and not tma else chip
         if single:
             chip = "gfx942 fp32" if chip == "gfx942" else "fp32"
         tile = TILES[chip][kernel][max(64, dim)]
-    names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
-    options = {"DIM": dim, **dict(zip(names, tile, strict=True))}
+    options = {"DIM": dim, **tile.options()}
     if kernel != "forward":
         options["HELD"] = (chip, kernel, dim) in HELD_IN_REGISTERS
     return options, tma

@@ -116,30 +116,31 @@ class NeededGrads:
 
 
 def _attention_half(x, w, settings, cache=None):
-    """x to o: the operands of attention and what it gives."""
+    """Compute x to o: the operands of attention and what it gives."""
     batch, length, _ = x.shape
     dim = settings.cos.shape[-1]
     heads = w.o_proj.shape[1] // dim
     kv_heads = (w.qkv.shape[0] // dim - heads) // 2
-    normed, rstd = ops.rms_norm(x, w.attention_norm, settings.eps)
+    normed, rstd = ops.rms_norm(x, w.attention_norm, settings.eps)  # (B, T, N), (B, T, 1)
     # A product of matrices: the version of its result counts what is done to views of it.
-    qkv = linear(normed.flatten(0, 1), w.qkv, w.qkv_bias)
+    qkv = linear(normed.flatten(0, 1), w.qkv, w.qkv_bias)  # (B T, (H + 2 Hkv) D)
     qkv = qkv.view(batch, length, heads + 2 * kv_heads, dim)
     ops.rope_inplace(qkv[:, :, : heads + kv_heads], settings.cos, settings.sin, False)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)  # q (B, T, H, D), k and v (B, T, Hkv, D)
     if cache is not None:
-        k, v = cache(k, v)
+        k, v = cache(k, v)  # (B, S, Hkv, D)
         check_operands(q, k, v)
         check_causal(q, k)
+    # o (B, T, H, D), stats (B, H, 2, T)
     o, stats = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
     return SavedActivations(x, rstd, q, k, v, o, stats)
 
 
 def _mlp_half(saved, w, settings):
-    """o to gate_up."""
-    attended = linear(saved.o.flatten(2), w.o_proj, w.o_proj_bias)
+    """Compute o to gate_up."""
+    attended = linear(saved.o.flatten(2), w.o_proj, w.o_proj_bias)  # (B, T, H D) to (B, T, N)
     normed, h, rstd = ops.add_rms_norm(attended, saved.x, w.mlp_norm, settings.eps)
-    gate_up = linear(normed, w.gate_up, w.gate_up_bias)
+    gate_up = linear(normed, w.gate_up, w.gate_up_bias)  # (B, T, 2 I)
     return saved._replace(h=h, h_rstd=rstd, gate_up=gate_up)
 
 
@@ -149,7 +150,7 @@ def _forward(x, w, settings, cache=None):
 
 
 def _recompute(saved, w, settings):
-    """Everything that backward reads, as forward computed it."""
+    """Compute what backward reads and was not saved, as forward computed it."""
     if settings.recompute == "block":
         return _mlp_half(_attention_half(saved.x, w, settings), w, settings)
     if settings.recompute == "mlp":
@@ -159,7 +160,7 @@ def _recompute(saved, w, settings):
 
 
 def _backward(dy, saved, w, settings, needed):
-    """dx and the gradients of the weights, None where not needed."""
+    """Compute dx and the gradients of the weights, None where not needed."""
     grads = {}
     _projection_gradients(grads, "down_proj", needed, dy, lambda: ops.swiglu(saved.gate_up))
     dh = _mlp_backward(dy, saved, w, settings, needed, grads) if needed.gate_up else None
@@ -168,7 +169,7 @@ def _backward(dy, saved, w, settings, needed):
 
 
 def _mlp_backward(dy, saved, w, settings, needed, grads):
-    dgate_up = ops.swiglu_backward(matmul(dy, w.down_proj), saved.gate_up)
+    dgate_up = ops.swiglu_backward(matmul(dy, w.down_proj), saved.gate_up)  # (B, T, 2 I)
     normed = partial(_normed, saved.h, w.mlp_norm, settings)
     _projection_gradients(grads, "gate_up", needed, dgate_up, normed)
     if not needed.normed_h:
@@ -184,7 +185,8 @@ def _attention_backward(dh, saved, w, settings, needed, grads):
     _projection_gradients(grads, "o_proj", needed, dh, lambda: saved.o.flatten(2))
     if not needed.qkv:
         return None
-    dqkv = _qkv_backward(matmul(dh, w.o_proj).view(saved.o.shape), saved, settings)
+    do = matmul(dh, w.o_proj).view(saved.o.shape)  # (B, T, H D) as (B, T, H, D)
+    dqkv = _qkv_backward(do, saved, settings)  # (B, T, (H + 2 Hkv) D)
     normed = partial(_normed, saved.x, w.attention_norm, settings)
     _projection_gradients(grads, "qkv", needed, dqkv, normed)
     if not needed.normed_x:
@@ -200,7 +202,7 @@ def _qkv_backward(do, saved, settings):
     dqkv = ops.flash_attention_backward_packed(
         *(do, saved.q, saved.k, saved.v, saved.o, saved.stats, settings.cu_seqlens),
         *(True, saved.q.shape[-1] ** -0.5, settings.window),
-    )
+    )  # (B, T, H + 2 Hkv, D)
     rotated = saved.q.shape[2] + saved.k.shape[2]
     ops.rope_inplace(dqkv[:, :, :rotated], settings.cos, settings.sin, True)
     return dqkv.flatten(2)
@@ -224,9 +226,12 @@ def _normed(x, weight, settings):
 
 
 def _projection_gradients(grads, name, needed, dy, x):
-    """Of the weight and the bias of y = projection(x()); x is computed where it is needed."""
+    """Add to grads those of the weight and the bias of y = projection(x()).
+
+    x is computed where it is needed.
+    """
     if getattr(needed.weights, name):
-        grads[name] = matmul(dy.flatten(0, 1).T, x().flatten(0, 1))
+        grads[name] = matmul(dy.flatten(0, 1).T, x().flatten(0, 1))  # (out, B T) (B T, in)
     if getattr(needed.weights, f"{name}_bias"):
         grads[f"{name}_bias"] = dy.sum((0, 1))
 

@@ -179,12 +179,12 @@ def without_autocast(device_type: str):
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x (..., N) as (rows, N): a view wherever strides allow one."""
+    """Reshape x (..., N) to (rows, N): a view wherever strides allow one."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def contiguous_fp32(x: torch.Tensor | None) -> torch.Tensor | None:
-    """For what an op in C++ reads once or in small: a norm's weight, a rotary table, dloss."""
+    """Copy what an op in C++ reads once or in small: a norm's weight, a rotary table, dloss."""
     return None if x is None else x.float().contiguous()
 
 
@@ -214,7 +214,7 @@ def expect(shape, like: torch.Tensor, dtype: torch.dtype | None = None, **tensor
 
 
 def recordable(x: torch.Tensor) -> torch.Tensor:
-    """x, or where autograd refuses to save it, a copy: a tensor made in inference mode."""
+    """Return x, or where autograd refuses to save it, a copy: a tensor made in inference mode."""
     if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
         return x
     return x.clone()

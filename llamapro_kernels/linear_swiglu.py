@@ -19,6 +19,7 @@ that of Tillet et al. 2019, "Triton".
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -27,14 +28,26 @@ from llamapro_kernels.gpu import TensorDescriptor, tl, triton
 from llamapro_kernels.matmul import linear, matmul
 from llamapro_kernels.swiglu import swiglu_forward_cpp, swiglu_reference
 
-# (BLOCK_M, BLOCK_I, BLOCK_N, warps, stages): tokens, columns of y, and the summed dimension.
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile's tokens, columns of y and summed dimension, and how a program is launched."""
+
+    block_m: int
+    block_i: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
 TILES = {
-    "sm_80": (128, 64, 32, 8, 3),  # also where there are no descriptors, or no row here
-    "sm_90": (128, 128, 64, 8, 4),
-    "sm_100": (128, 128, 64, 8, 4),
-    "gfx942": (128, 64, 32, 4, 2),
-    "fp32": (32, 32, 16, 4, 1),
-    "interpreter": (16, 16, 16, 4, 1),
+    # Also where there are no descriptors, or no row here.
+    "sm_80": Tile(block_m=128, block_i=64, block_n=32, num_warps=8, num_stages=3),
+    "sm_90": Tile(block_m=128, block_i=128, block_n=64, num_warps=8, num_stages=4),
+    "sm_100": Tile(block_m=128, block_i=128, block_n=64, num_warps=8, num_stages=4),
+    "gfx942": Tile(block_m=128, block_i=64, block_n=32, num_warps=4, num_stages=2),
+    "fp32": Tile(block_m=32, block_i=32, block_n=16, num_warps=4, num_stages=1),
+    "interpreter": Tile(block_m=16, block_i=16, block_n=16, num_warps=4, num_stages=1),
 }
 
 
@@ -102,23 +115,23 @@ def linear_swiglu_forward(x, weight):
     tma = tma and all(map(gpu.describable, (x, weight)))
     if chip != "interpreter" and not tma:
         chip = "fp32" if x.dtype == torch.float32 else {"gfx942": chip}.get(chip, "sm_80")
-    block_m, block_i, block_n, warps, stages = TILES[chip]
+    tile = TILES[chip]
     operands = x, weight
     if tma:
         operands = (
-            TensorDescriptor.from_tensor(x, [block_m, block_n]),
-            TensorDescriptor.from_tensor(weight, [block_i, block_n]),
+            TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_n]),
+            TensorDescriptor.from_tensor(weight, [tile.block_i, tile.block_n]),
         )
     gpu.launch(
         linear_swiglu_kernel,
-        (triton.cdiv(tokens, block_m) * triton.cdiv(width, block_i),),
+        (triton.cdiv(tokens, tile.block_m) * triton.cdiv(width, tile.block_i),),
         *(*operands, y, x.stride(), weight.stride(), tokens, width, summed),
         TMA=tma,
-        BLOCK_M=block_m,
-        BLOCK_I=block_i,
-        BLOCK_N=block_n,
-        num_warps=warps,
-        num_stages=stages,
+        BLOCK_M=tile.block_m,
+        BLOCK_I=tile.block_i,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return y
 

@@ -34,8 +34,9 @@ class Allocations(TorchDispatchMode):
             t.untyped_storage()._cdata for t in (kwargs or {}).values() if hasattr(t, "dtype")
         }
         result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, list) else as_tuple(result):
-            if t is not None and t.numel() and t.untyped_storage()._cdata not in given:
+        results = result if isinstance(result, list) else as_tuple(result)
+        for t in (t for t in results if isinstance(t, torch.Tensor)):
+            if t.numel() and t.untyped_storage()._cdata not in given:
                 self.sizes.append(t.numel())
         return result
 

@@ -20,9 +20,9 @@ sweep: .venv/installed
 # Triton kernels in their interpreter (on a GPU the first line runs them); the wheel.
 test: lint
 	$(TEST) tests
-	for set in $$($(BIN)/python -c "from llamapro_kernels import cpu; print(*cpu.runnable_builds()[1:])"); do LLAMAPRO_CPU_CAPABILITY=$$set $(TEST) tests/test_ops.py tests/test_cpp.py tests/test_extremes.py -k cpp || exit; done
+	for set in $$($(BIN)/python -c "from llamapro_kernels import cpu; print(*cpu.runnable_builds()[1:])"); do LLAMAPRO_CPU_CAPABILITY=$$set $(TEST) tests/test_ops.py tests/test_inputs.py tests/test_cpp.py tests/test_extremes.py -k cpp || exit; done
 	LLAMAPRO_NO_EXTENSION=1 $(TEST) tests/test_library.py tests/test_block.py tests/test_model.py tests/test_peers.py
-	TRITON_INTERPRET=1 $(TEST) tests/test_ops.py tests/test_triton.py tests/test_extremes.py tests/test_peers.py -k "not reference and not cpp"
+	TRITON_INTERPRET=1 $(TEST) tests/test_ops.py tests/test_inputs.py tests/test_triton.py tests/test_extremes.py tests/test_peers.py -k "not reference and not cpp"
 	$(MAKE) wheel
 
 # A wheel, in an environment that has nothing else, runs the README's example.

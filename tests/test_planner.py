@@ -163,8 +163,8 @@ def test_memory_is_what_was_planned(case):
 
 @on_linux
 def test_the_largest_batch_runs_within_its_limit():
-    _, work = workload(SMOLLM2, 6, "interleaved", 1, 512)
-    work, limit = replace(work, device="cpu"), 0.85e9
+    _, work = workload(SMOLLM2, 6, "interleaved", 1, 128)
+    work, limit = replace(work, device="cpu"), 0.73e9
     work = replace(work, batch=largest_batch(work, USABLE * limit))
     recompute = choose_recompute(work, USABLE * limit)
     assert work.batch > 4 and len(set(recompute)) > 1
@@ -264,7 +264,7 @@ def test_placements():
 def test_the_plan_as_it_is_printed():
     text = plan(LLAMA2_7B, 8, PLACEMENTS, 4, 4096, limit=80e9, rate=8e14)
     for name in PLACEMENTS:
-        assert text.count(f"\n| {name.ljust(27)} |") == 1 and f"### {name}:" in text
+        assert text.count(f"\n| {name.ljust(11)} |") == 1 and f"### {name}:" in text
     heads = ("GFLOPs per token", "FLOPs vs full training", "FLOPs vs tuning the base", "recompute")
     for head in (*heads, "largest batch size", "tokens/s (roofline)"):
         assert f"| {head} " in text.splitlines()[0]

@@ -202,7 +202,7 @@ def test_slices_of_a_packed_projection_are_not_copied():
         assert seen.allocated == [q.numel(), k.numel()]
         with Recorder("flash_attention") as seen:
             lk.flash_attention(q, k, v)
-        assert seen.allocated == [q.numel(), q.shape[:3].numel()]
+        assert seen.allocated == [q.numel(), 2 * q.shape[:3].numel()]
         with Recorder("rms_norm") as seen:
             lk.rms_norm(q[:, :, 1], torch.ones(32, device=DEVICE))
         assert seen.allocated == [2 * 19 * 32, 2 * 19]
@@ -265,7 +265,8 @@ def test_attention_in_the_tiles_of_gpus(chip, mask, monkeypatch):
 @pytest.mark.parametrize("queries, keys", [(128, 256), (70, 200), (201, 129)])
 def test_attention_by_descriptors_in_a_batch(queries, keys, monkeypatch):
     """No tile reaches into the next sequence of the batch; and S != T."""
-    check_attention("sm_90", (2, queries, keys), {}, monkeypatch)
+    options = {"causal": False} if queries > keys else {}
+    check_attention("sm_90", (2, queries, keys), options, monkeypatch)
 
 
 @pytest.mark.parametrize("dim", [20, 80, 136, 256])

@@ -13,7 +13,7 @@ from llamapro import Llama, LlamaConfig, expand, expansion
 from llamapro.expansion import expand_checkpoint
 from llamapro.hf import Checkpoint, TensorEntry, write_model
 from llamapro.placement import Slot, place_blocks
-from llamapro.proof import IdentityError
+from llamapro.proof import PROOF_TEXT, IdentityError
 from safetensors.torch import load_file, save_file
 
 PLACEMENTS = ["interleaved", "prefix", "suffix", [0, 2, 5]]
@@ -316,7 +316,7 @@ def test_smollm2_expands_bit_identically(smollm2, placement, dtype):
     from llamapro.tokenizer import load_tokenizer
 
     model = Llama.from_pretrained(smollm2, dtype=dtype)
-    ids = load_tokenizer(smollm2).encode(expansion.PROOF_TEXT).ids
+    ids = load_tokenizer(smollm2).encode(PROOF_TEXT).ids
     tokens = torch.tensor([ids])
     with torch.no_grad():
         before = model(tokens)

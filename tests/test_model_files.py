@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from llamapro import Llama, model_files
@@ -93,8 +94,10 @@ def test_a_store_that_is_itself_a_link_is_refused(snapshot, tmp_path):
 
 
 def socket_at(path):
-    with socket.socket(socket.AF_UNIX) as opened:
-        opened.bind(os.path.relpath(path))  # the length of a socket's name is limited
+    # The name that a socket is bound to is limited to 107 bytes; the file's is not.
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(f"{short}/socket")
+        os.rename(f"{short}/socket", path)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, socket_at, os.mkdir], ids=["FIFO", "socket", "folder"])

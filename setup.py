@@ -2,17 +2,20 @@
 
 Needs torch and a C++ compiler (`pip install --no-build-isolation`). Without them, or with
 LLAMAPRO_NO_EXTENSION=1, the package is complete but for the compiled ops on a CPU, which PyTorch
-then serves. LLAMAPRO_SANITIZE=1 builds with the address and undefined-behaviour sanitizers.
+then serves. LLAMAPRO_SANITIZE=avx2 builds that one alone, with the address and
+undefined-behaviour sanitizers.
 """
 
 import copy
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -30,12 +33,14 @@ COMPILE = [
 ]
 INSTEAD = "PyTorch serves the ops instead"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
+SANITIZED = os.environ.get("LLAMAPRO_SANITIZE")
 
 
 class BuildLibraries(build_ext):
     """Extensions that are loaded as libraries: they know nothing of Python.
 
-    One that is not built leaves none of an earlier build behind, here or in the source tree.
+    One that is not built leaves none of an earlier build behind, here or in the source tree. One
+    that an editable install has built in the source tree goes into a wheel as it is.
     """
 
     def finalize_options(self):
@@ -46,6 +51,11 @@ class BuildLibraries(build_ext):
         return os.path.join(*name.split(".")) + ".so"
 
     def build_extension(self, extension):
+        if is_current(self.get_ext_filename(extension.name), extension):
+            wanted = Path(self.get_ext_fullpath(extension.name))
+            wanted.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.get_ext_filename(extension.name), wanted)
+            return
         # In a folder of its own: objects of all have the same names, and are compiled at once.
         build = copy.copy(self)
         build.build_temp = os.path.join(self.build_temp, extension.name)
@@ -55,6 +65,12 @@ class BuildLibraries(build_ext):
             say(f"{extension.name} is not built: {error}")
             for path in (self.get_ext_fullpath, self.get_ext_filename):
                 Path(path(extension.name)).unlink(missing_ok=True)
+
+
+def is_current(built, extension):
+    """Whether the source tree holds this extension, built of its sources as they are."""
+    sources = [*extension.sources, *extension.depends]
+    return not SANITIZED and os.path.exists(built) and not newer_group(sources, built)
 
 
 def extensions():
@@ -70,12 +86,12 @@ def extensions():
         say(f"no torch to build csrc/ with (is --no-build-isolation missing?); {INSTEAD}")
         return []
     root = Path(torch.__file__).parent
-    sanitize = SANITIZE if os.environ.get("LLAMAPRO_SANITIZE") == "1" else []
+    sanitize = SANITIZE if SANITIZED else []
     return [
         Extension(
             f"llamapro_kernels.cpu_{name}",
             sources=sorted(str(source) for source in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(header) for header in Path("csrc").glob("*.h")),
+            depends=["setup.py", *sorted(str(header) for header in Path("csrc").glob("*.h"))],
             library_dirs=[str(root / "lib")],
             libraries=["torch_cpu"],
             extra_compile_args=[*COMPILE, f"-isystem{root / 'include'}", *flags, *sanitize],
@@ -83,6 +99,7 @@ def extensions():
             optional=True,
         )
         for name, flags in INSTRUCTION_SETS.items()
+        if SANITIZED in (None, name)
     ]
 
 

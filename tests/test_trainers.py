@@ -1,0 +1,142 @@
+"""Other people's trainers on a model after `apply`: the losses of twenty steps are stock's."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from test_apply import LENGTH, calls, model_of  # noqa: F401 (a fixture)
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from llamapro_kernels.integrations import transformers as lkt
+
+STEPS, ACCUMULATED, LAYERS = 20, 2, 3
+COMMON = {
+    **{"max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 1, "seed": 0},
+    **{"gradient_accumulation_steps": ACCUMULATED, "learning_rate": 1e-2, "bf16": False},
+    **{"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True},
+}
+
+
+def rows(count=120, ragged=False):
+    torch.manual_seed(4)
+    lengths = torch.randint(3, LENGTH + 1, (count,)) if ragged else [LENGTH] * count
+    return [torch.randint(2, 64, (int(n),)).tolist() for n in lengths]
+
+
+def losses_of(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_stock(losses):
+    """What both rounded otherwise may have grown in twenty steps of Adam."""
+    stock, ours = losses
+    assert len(stock) == STEPS and stock != sorted(stock)
+    assert ours == pytest.approx(stock, rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(tmp_path, calls, checkpointing):  # noqa: F811
+    data = [{"input_ids": ids, "labels": ids} for ids in rows()]
+    losses = []
+    for applied in (False, True):
+        model = model_of("llama")
+        if applied:
+            lkt.apply(model)
+        options = TrainingArguments(
+            tmp_path, gradient_checkpointing=checkpointing, remove_unused_columns=False, **COMMON
+        )
+        losses.append(losses_of(Trainer(model, options, train_dataset=data)))
+    assert_stock(losses)
+    assert calls["decoder_block"] == STEPS * ACCUMULATED * LAYERS
+    assert calls["linear_cross_entropy"] == STEPS * ACCUMULATED
+
+
+LAYOUTS = {
+    "padded": {},
+    "packed": {"packing": True, "max_length": 16},
+    "padding-free": {"padding_free": True, "max_length": None},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sft_trainer(tmp_path, calls, layout):  # noqa: F811
+    """Its loss is its own fused one, which also counts entropies; our blocks serve the rest."""
+    words = models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), pad_token="t0", eos_token="t1"
+    )
+    data = Dataset.from_list([{"input_ids": ids} for ids in rows(ragged=True)])
+    losses = []
+    for applied in (False, True):
+        model = model_of("llama")
+        if applied:
+            lkt.apply(model)
+        options = SFTConfig(str(tmp_path), **COMMON, **LAYOUTS[layout])
+        trainer = SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
+        losses.append(losses_of(trainer))
+    assert_stock(losses)
+    assert calls["decoder_block"] == STEPS * ACCUMULATED * LAYERS
+
+
+FSDP = """
+import json, os, sys
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from test_apply import model_of
+from test_trainers import STEPS, rows
+import llamapro_kernels as lk
+from llamapro_kernels.integrations import transformers as lkt
+
+torch.set_num_threads(1)
+blocks, block = [], lk.decoder_block
+lk.decoder_block = lambda *args, **options: blocks.append(1) or block(*args, **options)
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_offload=False
+)
+accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+model = model_of("llama")
+model.requires_grad_(False)
+model.model.layers[1].requires_grad_(True)
+if sys.argv[1] == "applied":
+    lkt.apply(model)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+model, optimizer = accelerator.prepare(model, optimizer)
+losses = []
+for ids in rows(2 * STEPS)[accelerator.process_index :: 2]:
+    tokens = torch.tensor([ids])
+    loss = model(input_ids=tokens, labels=tokens).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(accelerator.gather(loss.detach()[None]).mean().item())
+if accelerator.is_main_process:
+    print(json.dumps({"losses": losses, "blocks": len(blocks)}))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_accelerate_fsdp2(tmp_path):
+    """Two processes, one of three blocks trained: sharded weights, in pieces."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(FSDP))
+    tests = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
+    environment |= {"ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": ""}
+    results = []
+    for applied in ("stock", "applied"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", str(script), applied]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    assert_stock([result["losses"] for result in results])
+    assert [result["blocks"] for result in results] == [0, STEPS * LAYERS]

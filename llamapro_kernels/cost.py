@@ -26,16 +26,23 @@ class BlockShape:
 
 
 def flops(
-    shape: BlockShape, batch: int, length: int, *, backward: bool, trained: bool, recompute: str
+    shape: BlockShape,
+    batch: int,
+    length: int,
+    *,
+    window: int | None = None,
+    backward: bool,
+    trained: bool,
+    recompute: str,
 ) -> dict[str, int]:
     """FLOPs of one step of a block, by what they are for.
 
-    Each multiplication and each addition of a matrix product counts. backward: whether gradients
-    pass through the block; trained: whether its weights have some.
+    Each multiplication and each addition of a matrix product counts. window: as attention takes it;
+    backward: whether gradients pass through the block; trained: whether its weights have some.
     """
     tokens = batch * length
     matrices = 2 * tokens * shape.matrices
-    attention = 4 * batch * shape.queries * visible_pairs(length, length)
+    attention = 4 * batch * shape.queries * visible_pairs(length, length, window=window)
     recomputed = {
         "none": 0,
         "mlp": 4 * tokens * shape.width * shape.inner,  # gate_up

@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import Field, dataclass, field, fields
+from typing import get_args
 
+from llamapro.architectures import LAYER_TYPES, OPTIONAL, OURS, Architecture, architecture_of
 from llamapro.storage import shown
 
 # The rotary embeddings served here, and the settings that each needs.
@@ -21,7 +23,6 @@ FIXED_SETTINGS = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "quantization_config": None,
-    "sliding_window": None,
 }
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # The parts of a block's fused matrices, rows after rows.
@@ -41,6 +42,7 @@ RANGES = {
     "rms_norm_eps": (0, LARGEST_FLOAT),
     "rope_theta": (1e-38, LARGEST_FLOAT),
     "initializer_range": (0, LARGEST_FLOAT),
+    "max_window_layers": (0, LARGEST),
 }
 
 
@@ -48,10 +50,13 @@ RANGES = {
 class LlamaConfig:
     """A Llama's shape, under the names and with the defaults of Hugging Face's config.json.
 
-    `num_key_value_heads` and `head_dim` follow from the others when None. `rope_scaling` holds
-    "rope_type" (default, linear or llama3) and its settings. `llama_pro` records block expansion:
-    {"new_blocks": positions, "base_blocks": count, "base": name}. `other` keeps every further
-    field of a file that was read, and is written back unchanged.
+    `model_type` may also be "mistral", "qwen2" or "qwen3", which are Llamas with a sliding window,
+    with biases of q, k and v alone, or with head norms. `num_key_value_heads` and `head_dim`
+    follow from the others when None. `rope_scaling` holds "rope_type" (default, linear or llama3)
+    and its settings. A query of a block that slides sees itself and the `sliding_window` - 1 tokens
+    before it, see `windows`. `llama_pro` records block expansion: {"new_blocks": positions,
+    "base_blocks": count, "base": name}. `other` keeps every further field of a file that was read,
+    and is written back unchanged.
     Raises ValueError for what this model does not compute.
     """
 
@@ -72,6 +77,11 @@ class LlamaConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    model_type: str = "llama"
+    sliding_window: int | None = None
+    use_sliding_window: bool = True
+    max_window_layers: int = 0
+    layer_types: list[str] | None = None
     llama_pro: dict | None = None
     other: dict = field(default_factory=dict)
 
@@ -93,6 +103,7 @@ class LlamaConfig:
                 f" got {self.num_key_value_heads}"
             )
         self._check_rope()
+        self._check_windows()
         self._check_new_blocks()
 
     def _check_rope(self):
@@ -111,6 +122,30 @@ class LlamaConfig:
                 f" {scaling['low_freq_factor']}, got {scaling['high_freq_factor']}"
             )
 
+    def _check_windows(self):
+        architecture = self.architecture
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name in OPTIONAL - {*architecture.settings} and value != setting.default:
+                raise ValueError(f"a {self.model_type} has no {setting.name}, got {shown(value)}")
+        full, sliding = LAYER_TYPES
+        slides = self.use_sliding_window and self.sliding_window is not None
+        if "layer_types" not in architecture.settings:
+            _check_all(self.other.get("layer_types") or [], sliding if slides else full)
+            return
+        if self.layer_types is None:
+            self.layer_types = [
+                sliding if slides and i >= self.max_window_layers else full
+                for i in range(self.num_hidden_layers)
+            ]
+        served = LAYER_TYPES if slides else (full,)
+        wrong = [kind for kind in self.layer_types if kind not in served]
+        if wrong or len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must be {self.num_hidden_layers} of {served}, got"
+                f" {len(self.layer_types)}: {shown(wrong or self.layer_types)}"
+            )
+
     def _check_new_blocks(self):
         new = (self.llama_pro or {}).get("new_blocks", [])
         fits = _are_whole(new) and all(0 <= i < self.num_hidden_layers for i in new)
@@ -121,41 +156,61 @@ class LlamaConfig:
             )
 
     @property
+    def architecture(self) -> Architecture:
+        """What its model_type has and others do not."""
+        return architecture_of({"model_type": self.model_type}, OURS)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases; o_proj has one where `attention_bias` says so."""
+        return self.architecture.qkv_bias or self.attention_bias
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The tokens that a query of each block sees, itself among them; None for all before it."""
+        window = self.sliding_window if self.use_sliding_window else None
+        if self.layer_types is None:
+            return [window] * self.num_hidden_layers
+        return [window if kind == "sliding_attention" else None for kind in self.layer_types]
+
+    @property
     def new_blocks(self) -> list[int]:
         """Positions of the blocks that expansion added; empty for a base model."""
         return list((self.llama_pro or {}).get("new_blocks", []))
 
     @classmethod
     def from_dict(cls, raw: dict) -> "LlamaConfig":
-        """From config.json of transformers 4 or 5. Refuses, by name, what is not a plain Llama."""
-        if raw.get("model_type") != "llama":
-            raise ValueError(f"model_type 'llama' expected, got {shown(raw.get('model_type'))}")
-        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-        if architectures != ["LlamaForCausalLM"]:
-            raise ValueError(f"architecture LlamaForCausalLM expected, got {shown(architectures)}")
+        """From config.json of transformers 4 or 5. Refuses, by name, what `Llama` does not compute.
+
+        What is not there has transformers' default for its model_type. So has what is null where
+        that has no meaning of its own: a null sliding_window is none.
+        """
+        architecture = architecture_of(raw, OURS)
         for name, served in FIXED_SETTINGS.items():
             if (raw.get(name) or served) != served:
                 raise ValueError(f"{name} must be {served!r}, got {shown(raw[name])}")
-        layers = raw.get("layer_types") or []
-        if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
-            raise ValueError(f"layer_types must be full_attention, got {shown(layers)}")
+        foreign = OPTIONAL - {*architecture.settings}
+        if "sliding_window" in foreign and raw.get("sliding_window"):
+            raise ValueError(f"sliding_window must be None, got {shown(raw['sliding_window'])}")
         raw = _with_one_rope(raw)
-        known = {f.name for f in fields(cls)} - {"other"}
-        present = {name: value for name, value in raw.items() if value is not None}
-        return cls(
-            **{name: value for name, value in present.items() if name in known},
-            other={name: value for name, value in raw.items() if name not in known},
-        )
+        known = {f.name: f for f in fields(cls) if f.name not in foreign | {"other"}}
+        present = {
+            name: value
+            for name, value in raw.items()
+            if name in known and (value is not None or type(None) in get_args(known[name].type))
+        }
+        other = {name: value for name, value in raw.items() if name not in known}
+        return cls(**{**architecture.defaults, **present}, other=other)
 
     def to_dict(self) -> dict:
         """For config.json: every field, rope in the form of transformers 4 and of 5."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "other"}
+        absent = {"other"} | (OPTIONAL - {*self.architecture.settings})
         if self.llama_pro is None:
-            own.pop("llama_pro")
+            absent.add("llama_pro")
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in absent}
         rope = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.architecture.causal_lm],
             "hidden_act": "silu",
             **self.other,
             **own,
@@ -189,10 +244,14 @@ def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, width),
         "mlp.down_proj": (width, inner),
     }
+    biases = dict.fromkeys(PARTS["qkv"], config.qkv_bias)
+    biases |= dict.fromkeys(PARTS["o_proj"], config.attention_bias)
     shapes = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    if config.architecture.head_norms:
+        shapes |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
     for name, shape in matrices.items():
         shapes[f"{name}.weight"] = shape
-        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+        if biases.get(name, config.mlp_bias):
             shapes[f"{name}.bias"] = shape[:1]
     return shapes
 
@@ -215,6 +274,11 @@ def _with_one_rope(raw: dict) -> dict:
     return raw
 
 
+def _check_all(layers, served: str) -> None:
+    if not isinstance(layers, list) or any(kind != served for kind in layers):
+        raise ValueError(f"layer_types must be {served}, got {shown(layers)}")
+
+
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -227,6 +291,10 @@ def _are_whole(values) -> bool:
     return isinstance(values, list) and all(map(_is_whole, values))
 
 
+def _are_texts(values) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
 def _check_kind(setting: Field, value) -> None:
     whole, missing = _is_whole(value), value is None
     kinds = {
@@ -234,6 +302,8 @@ def _check_kind(setting: Field, value) -> None:
         int | None: ("a whole number", whole or missing),
         int | list[int] | None: ("whole numbers", whole or missing or _are_whole(value)),
         float: ("a number", _is_number(value)),
+        str: ("text", isinstance(value, str)),
+        list[str] | None: ("texts", missing or _are_texts(value)),
         bool: ("true or false", isinstance(value, bool)),
         dict: ("an object", isinstance(value, dict)),
         dict | None: ("an object", isinstance(value, dict) or missing),

@@ -17,16 +17,16 @@ class Block(nn.Module):
     """One Llama block; q, k, v are rows of one matrix, gate and up of another.
 
     `recompute` is what backward computes a second time: "none", "mlp" or "block", see
-    `lk.decoder_block`.
+    `lk.decoder_block`, and `window` how many tokens a query sees, None for all before it.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, window: int | None = None):
         super().__init__()
         width, dim = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        self.eps, self.recompute = config.rms_norm_eps, "none"
+        self.eps, self.window, self.recompute = config.rms_norm_eps, window, "none"
         self.attention_norm = nn.Parameter(torch.ones(width))
-        self.qkv = nn.Linear(width, queries + 2 * keys, bias=config.attention_bias)
+        self.qkv = nn.Linear(width, queries + 2 * keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
         self.mlp_norm = nn.Parameter(torch.ones(width))
         self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
@@ -51,6 +51,7 @@ class Block(nn.Module):
             cos,
             sin,
             eps=self.eps,
+            window=self.window,
             cu_seqlens=cu_seqlens,
             cache=cache,
             recompute=self.recompute,
@@ -75,7 +76,7 @@ class Llama(nn.Module):
         self.config = config
         weight = torch.empty(config.vocab_size, config.hidden_size)  # initialised below
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, window) for window in config.windows)
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -220,7 +221,7 @@ def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, t
 def load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> Block:
     """One block alone, on the CPU."""
     with torch.device("meta"):
-        block = Block(checkpoint.config).to(dtype)
+        block = Block(checkpoint.config, checkpoint.config.windows[index]).to(dtype)
     block.to_empty(device="cpu")
     fill(block_tensors(block, checkpoint.config, f"model.layers.{index}."), checkpoint)
     return block

@@ -35,9 +35,10 @@ PROOF_TEXT = (
 )
 CHUNK = 2**14  # words
 AT_ONCE = {"cpu": 2**15, "cuda": 2**22}  # words whose products are in a cache together
-# Of a configuration, what no result depends on; what llama_pro says of that is added.
+# Of a configuration, what no result depends on; what others of it mean together is added.
 UNUSED = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"}
-UNUSED |= {"llama_pro", "other"}
+UNUSED |= {"llama_pro", "other", "model_type"}
+UNUSED |= {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 
 
 class IdentityError(RuntimeError):
@@ -132,6 +133,8 @@ def fingerprint(model: Llama) -> dict[str, str]:
 def _settings(config: LlamaConfig) -> dict[str, str]:
     used = {name: value for name, value in asdict(config).items() if name not in UNUSED}
     used["new_blocks"] = config.new_blocks
+    if any(config.windows):
+        used["windows"] = config.windows
     return {name: json.dumps(value, sort_keys=True) for name, value in used.items()}
 
 

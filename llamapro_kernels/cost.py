@@ -18,6 +18,7 @@ class BlockShape:
     keys: int  # Hkv D
     inner: int  # I
     heads: int  # H
+    head_norms: bool = False
 
     @property
     def matrices(self) -> int:
@@ -73,6 +74,8 @@ def scratch_bytes(shape: BlockShape, tokens: int, itemsize: int, recompute: str)
     """Bytes that backward of a block holds at its peak, beside what was saved."""
     mlp = 3 * shape.inner + 2 * shape.width  # the product's gradient, gate_up's, dy and dh
     attention = 2 * shape.queries + 2 * shape.keys + 3 * shape.width  # do and dqkv; dh and dx
+    if shape.head_norms:  # do, dqkv, q and k as attention takes them, the gradient of q; dh
+        attention = max(attention, 4 * shape.queries + 3 * shape.keys + shape.width)
     recomputed = {
         "none": 0,
         "mlp": 2 * shape.inner,

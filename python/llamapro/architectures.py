@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from llamapro.storage import shown
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-_QWEN_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_QWEN_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers")
 _QWEN_DEFAULTS = {
     "vocab_size": 151936,
     "intermediate_size": 22016,
@@ -25,6 +25,7 @@ class Architecture:
     causal_lm: str  # its class in transformers, in config.json's architectures
     settings: tuple[str, ...] = ()  # those that LlamaConfig has and only some architectures do
     defaults: dict = field(default_factory=dict)  # where they differ from LlamaConfig's
+    layer_types: bool = False  # whether they say which blocks slide, or all do
     qkv_bias: bool = False  # whatever the settings say; o_proj has none then
     head_norms: bool = False  # q_norm and k_norm, of each head before rotation
     post_norm: bool = False  # a norm between an output projection and the residual
@@ -45,11 +46,14 @@ OURS = {
             "eos_token_id": 2,
         },
     ),
-    "qwen2": Architecture("Qwen2ForCausalLM", _QWEN_WINDOW, _QWEN_DEFAULTS, qkv_bias=True),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM", _QWEN_WINDOW, _QWEN_DEFAULTS, layer_types=True, qkv_bias=True
+    ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
         ("attention_bias", *_QWEN_WINDOW),
         {**_QWEN_DEFAULTS, "head_dim": 128},
+        layer_types=True,
         head_norms=True,
     ),
 }

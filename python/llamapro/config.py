@@ -81,7 +81,6 @@ class LlamaConfig:
     sliding_window: int | None = None
     use_sliding_window: bool = True
     max_window_layers: int = 0
-    layer_types: list[str] | None = None
     llama_pro: dict | None = None
     other: dict = field(default_factory=dict)
 
@@ -129,21 +128,21 @@ class LlamaConfig:
             if setting.name in OPTIONAL - {*architecture.settings} and value != setting.default:
                 raise ValueError(f"a {self.model_type} has no {setting.name}, got {shown(value)}")
         full, sliding = LAYER_TYPES
-        slides = self.use_sliding_window and self.sliding_window is not None
-        if "layer_types" not in architecture.settings:
-            _check_all(self.other.get("layer_types") or [], sliding if slides else full)
-            return
-        if self.layer_types is None:
-            self.layer_types = [
-                sliding if slides and i >= self.max_window_layers else full
-                for i in range(self.num_hidden_layers)
-            ]
-        served = LAYER_TYPES if slides else (full,)
-        wrong = [kind for kind in self.layer_types if kind not in served]
-        if wrong or len(self.layer_types) != self.num_hidden_layers:
+        served = LAYER_TYPES if self._window else (full,)
+        if not architecture.layer_types:
+            served = (sliding if self._window else full,)
+        elif self.other.get("layer_types") is None:  # as transformers fills it in
+            blocks = self.num_hidden_layers
+            slides = [bool(self._window) and i >= self.max_window_layers for i in range(blocks)]
+            kinds = [sliding if slide else full for slide in slides]
+            self.other = {**self.other, "layer_types": kinds}
+        kinds = self.other.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind not in served for kind in kinds):
+            raise ValueError(f"layer_types must be {' or '.join(served)}, got {shown(kinds)}")
+        if architecture.layer_types and len(kinds) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types must be {self.num_hidden_layers} of {served}, got"
-                f" {len(self.layer_types)}: {shown(wrong or self.layer_types)}"
+                f"layer_types must have num_hidden_layers = {self.num_hidden_layers} entries,"
+                f" got {len(kinds)}"
             )
 
     def _check_new_blocks(self):
@@ -168,10 +167,12 @@ class LlamaConfig:
     @property
     def windows(self) -> list[int | None]:
         """The tokens that a query of each block sees, itself among them; None for all before it."""
-        window = self.sliding_window if self.use_sliding_window else None
-        if self.layer_types is None:
-            return [window] * self.num_hidden_layers
-        return [window if kind == "sliding_attention" else None for kind in self.layer_types]
+        kinds = self.other.get("layer_types") or [LAYER_TYPES[1]] * self.num_hidden_layers
+        return [self._window if kind == LAYER_TYPES[1] else None for kind in kinds]
+
+    @property
+    def _window(self) -> int | None:
+        return self.sliding_window if self.use_sliding_window else None
 
     @property
     def new_blocks(self) -> list[int]:
@@ -274,11 +275,6 @@ def _with_one_rope(raw: dict) -> dict:
     return raw
 
 
-def _check_all(layers, served: str) -> None:
-    if not isinstance(layers, list) or any(kind != served for kind in layers):
-        raise ValueError(f"layer_types must be {served}, got {shown(layers)}")
-
-
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -291,10 +287,6 @@ def _are_whole(values) -> bool:
     return isinstance(values, list) and all(map(_is_whole, values))
 
 
-def _are_texts(values) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
 def _check_kind(setting: Field, value) -> None:
     whole, missing = _is_whole(value), value is None
     kinds = {
@@ -303,7 +295,6 @@ def _check_kind(setting: Field, value) -> None:
         int | list[int] | None: ("whole numbers", whole or missing or _are_whole(value)),
         float: ("a number", _is_number(value)),
         str: ("text", isinstance(value, str)),
-        list[str] | None: ("texts", missing or _are_texts(value)),
         bool: ("true or false", isinstance(value, bool)),
         dict: ("an object", isinstance(value, dict)),
         dict | None: ("an object", isinstance(value, dict) or missing),

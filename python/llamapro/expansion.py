@@ -27,15 +27,14 @@ def expanded_config(
     """The configuration of the expanded model, per-layer lists extended."""
     earlier = set(config.new_blocks) if keep_new else set()
     new = [i for i, slot in enumerate(slots) if slot.new or slot.source in earlier]
-
-    def grown(name, value):
-        return [value[slot.source] for slot in slots] if _per_layer(name, value, config) else value
-
+    other = {
+        name: [value[slot.source] for slot in slots] if _per_layer(name, value, config) else value
+        for name, value in config.other.items()
+    }
     return replace(
         config,
         num_hidden_layers=len(slots),
-        layer_types=grown("layer_types", config.layer_types),
-        other={name: grown(name, value) for name, value in config.other.items()},
+        other=other,
         llama_pro={"new_blocks": new, "base_blocks": len(slots) - len(new), "base": base_name},
     )
 

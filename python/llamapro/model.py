@@ -28,6 +28,9 @@ class Block(nn.Module):
         self.attention_norm = nn.Parameter(torch.ones(width))
         self.qkv = nn.Linear(width, queries + 2 * keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
+        normed = config.architecture.head_norms
+        self.q_norm = nn.Parameter(torch.ones(dim)) if normed else None
+        self.k_norm = nn.Parameter(torch.ones(dim)) if normed else None
         self.mlp_norm = nn.Parameter(torch.ones(width))
         self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=config.mlp_bias)
@@ -44,6 +47,8 @@ class Block(nn.Module):
             self.o_proj.bias,
             self.gate_up.bias,
             self.down_proj.bias,
+            self.q_norm,
+            self.k_norm,
         )
         return lk.decoder_block(
             x,
@@ -209,6 +214,9 @@ def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, t
         f"{prefix}input_layernorm.weight": block.attention_norm,
         f"{prefix}post_attention_layernorm.weight": block.mlp_norm,
     }
+    if config.architecture.head_norms:
+        tensors[f"{prefix}self_attn.q_norm.weight"] = block.q_norm
+        tensors[f"{prefix}self_attn.k_norm.weight"] = block.k_norm
     for matrix, names in PARTS.items():
         rows = [shapes[f"{name}.weight"][0] for name in names]
         for kind, parameter in getattr(block, matrix).named_parameters():

@@ -72,6 +72,7 @@ def block_shape(config: LlamaConfig) -> cost.BlockShape:
         keys=config.num_key_value_heads * config.head_dim,
         inner=config.intermediate_size,
         heads=config.num_attention_heads,
+        head_norms=config.architecture.head_norms,
     )
 
 

@@ -38,7 +38,7 @@ AT_ONCE = {"cpu": 2**15, "cuda": 2**22}  # words whose products are in a cache t
 # Of a configuration, what no result depends on; what others of it mean together is added.
 UNUSED = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"}
 UNUSED |= {"llama_pro", "other", "model_type"}
-UNUSED |= {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+UNUSED |= {"sliding_window", "use_sliding_window", "max_window_layers"}
 
 
 class IdentityError(RuntimeError):

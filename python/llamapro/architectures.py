@@ -65,6 +65,7 @@ OTHERS = {
     "gemma3_text": Architecture("Gemma3ForCausalLM", post_norm=True),
     "olmo2": Architecture("Olmo2ForCausalLM", post_norm=True),
 }
+ARCHITECTURES = OURS | OTHERS
 OPTIONAL = frozenset(name for architecture in OURS.values() for name in architecture.settings)
 
 

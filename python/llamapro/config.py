@@ -85,11 +85,7 @@ class LlamaConfig:
     other: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            _check_kind(setting, value)
-            for number in filter(_is_number, value if isinstance(value, list) else [value]):
-                _check_range(setting.name, number)
+        check_settings(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -103,7 +99,6 @@ class LlamaConfig:
             )
         self._check_rope()
         self._check_windows()
-        self._check_new_blocks()
 
     def _check_rope(self):
         scaling = self.rope_scaling or {}
@@ -143,15 +138,6 @@ class LlamaConfig:
             raise ValueError(
                 f"layer_types must have num_hidden_layers = {self.num_hidden_layers} entries,"
                 f" got {len(kinds)}"
-            )
-
-    def _check_new_blocks(self):
-        new = (self.llama_pro or {}).get("new_blocks", [])
-        fits = _are_whole(new) and all(0 <= i < self.num_hidden_layers for i in new)
-        if not fits or len(set(new)) < len(new):
-            raise ValueError(
-                f"llama_pro.new_blocks must be distinct positions below num_hidden_layers ="
-                f" {self.num_hidden_layers}, got {shown(new)}"
             )
 
     @property
@@ -275,6 +261,23 @@ def _with_one_rope(raw: dict) -> dict:
     return raw
 
 
+def check_settings(config) -> None:
+    """Raise ValueError, by name, for a value of the wrong kind or out of range in a dataclass of
+    settings."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        _check_kind(setting, value)
+        for number in filter(_is_number, value if isinstance(value, list) else [value]):
+            check_range(setting.name, number)
+    new = (config.llama_pro or {}).get("new_blocks", [])
+    fits = _are_whole(new) and all(0 <= i < config.num_hidden_layers for i in new)
+    if not fits or len(set(new)) < len(new):
+        raise ValueError(
+            f"llama_pro.new_blocks must be distinct positions below num_hidden_layers ="
+            f" {config.num_hidden_layers}, got {shown(new)}"
+        )
+
+
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -304,7 +307,8 @@ def _check_kind(setting: Field, value) -> None:
         raise ValueError(f"{setting.name} must be {expected}, got {shown(value)}")
 
 
-def _check_range(name: str, value) -> None:
+def check_range(name: str, value) -> None:
+    """Raise ValueError for a number that a setting of this name cannot have."""
     low, high = RANGES.get(name, (1, LARGEST))
     if not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}, got {shown(value)}")

@@ -51,7 +51,7 @@ def prove_identity(base: Checkpoint, expanded: Checkpoint, slots: list[Slot]) ->
 
     Both run at once, a block of each in memory, so the first place where they part is known.
     """
-    tokens, dtype = _proof_tokens(base), base.dtype
+    tokens, dtype = proof_tokens(base), base.dtype
     cos, sin = rope_table(base.config, 0, tokens.shape[1])
     embedding = "model.embed_tokens.weight"
     x = base.tensors[embedding].load()[tokens].to(dtype)
@@ -63,8 +63,7 @@ def prove_identity(base: Checkpoint, expanded: Checkpoint, slots: list[Slot]) ->
             x = load_block(base, slot.source, dtype)(x, cos, sin)
         kind = "a new copy of" if slot.new else "the base's"
         _compare(x, y, f"block {i}, {kind} block {slot.source}")
-    logits = [_logits(side, state) for side, state in ((base, x), (expanded, y))]
-    _compare(*(side.view(torch.uint8) for side in logits), "the logits")
+    compare_logits(_logits(base, x), _logits(expanded, y))
     base.close()
     expanded.close()
 
@@ -75,6 +74,12 @@ def _logits(side: Checkpoint, x: torch.Tensor) -> torch.Tensor:
     norm = side.tensors["model.norm.weight"].load()
     head, norm = head.to(x.dtype), norm.to(x.dtype)
     return torch.nn.functional.linear(lk.rms_norm(x, norm, side.config.rms_norm_eps), head)
+
+
+def compare_logits(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise IdentityError unless both are finite and have the same bits."""
+    _compare(x, y, "the logits")
+    _compare(x.view(torch.uint8), y.view(torch.uint8), "the bits of the logits")
 
 
 def _compare(x: torch.Tensor, y: torch.Tensor, where: str) -> None:
@@ -88,7 +93,7 @@ def _compare(x: torch.Tensor, y: torch.Tensor, where: str) -> None:
         )
 
 
-def _proof_tokens(base: Checkpoint) -> torch.Tensor:
+def proof_tokens(base: Checkpoint) -> torch.Tensor:
     """Real text where the directory has a tokenizer, otherwise ids spread over the vocabulary."""
     config = base.config
     try:

@@ -6,6 +6,7 @@ changed, is asked of transformers itself.
 """
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,38 +47,41 @@ class DecoderConfig:
         return {**self.other, **own}
 
 
+# Of transformers' configuration, with its defaults.
+ASKED = ("model_type", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "rms_norm_eps")
+ADAPTER = "adapter_config.json"  # transformers would load it, and expansion leave it behind
+
+
 class DecoderCheckpoint(Checkpoint):
     """A model directory of another architecture; the names and shapes of its tensors are those of
     transformers' model for its config.json."""
 
     def _read_config(self) -> DecoderConfig:
         raw, file = read_object(self.path, "config.json"), self.path / "config.json"
+        if (self.path / ADAPTER).exists():
+            raise CheckpointError(f"{self.path}: a whole model expected, got {ADAPTER} as well")
         try:
-            architecture_of(raw, OTHERS)
-            if raw.get("quantization_config"):
-                got = shown(raw["quantization_config"])
-                raise ValueError(f"quantization_config must be None, got {got}")
-            self._theirs = _understood(self.path, raw)
+            _check_settings(raw)
+            self._theirs = _understood(file, raw)
             return DecoderConfig(
                 **{name: getattr(self._theirs, name) for name in ASKED},
                 llama_pro=raw.get("llama_pro"),
                 other=raw | _layer_types(self._theirs),
             )
+        except CheckpointError:
+            raise
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}") from None
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
+        with _named(self.path / "config.json"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._theirs)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if self.config.tie_word_embeddings:
             del shapes["lm_head.weight"]
         return shapes
-
-
-ASKED = ("model_type", "num_hidden_layers", "vocab_size", "tie_word_embeddings", "rms_norm_eps")
 
 
 def open_checkpoint(path) -> Checkpoint:
@@ -94,23 +98,40 @@ def open_checkpoint(path) -> Checkpoint:
     return Checkpoint(path) if raw["model_type"] in OURS else DecoderCheckpoint(path)
 
 
-def _understood(path: Path, raw: dict):
+def _check_settings(raw: dict) -> None:
+    """Refuse what is not expanded before transformers makes anything as large as it says."""
+    architecture_of(raw, OTHERS)
+    if raw.get("quantization_config"):
+        got = shown(raw["quantization_config"])
+        raise ValueError(f"quantization_config must be None, got {got}")
+    blocks = raw.get("num_hidden_layers")
+    if type(blocks) is not int:
+        raise ValueError(f"num_hidden_layers must be a whole number, got {shown(blocks)}")
+    check_range("num_hidden_layers", blocks)
+
+
+def _understood(file: Path, raw: dict):
     """The configuration as transformers fills it in."""
     try:
         from transformers import AutoConfig
     except ImportError:
         raise RuntimeError(
-            f"{path}: a {raw['model_type']} is checked and proven by transformers, which is not"
+            f"{file}: a {raw['model_type']} is checked and proven by transformers, which is not"
             " installed: pip install transformers"
         ) from None
-    blocks = raw.get("num_hidden_layers")
-    if type(blocks) is not int:
-        raise ValueError(f"num_hidden_layers must be a whole number, got {shown(blocks)}")
-    check_range("num_hidden_layers", blocks)  # before a list has as many entries
-    try:
+    with _named(file):
         return AutoConfig.for_model(**copy.deepcopy(raw))
-    except Exception as error:  # the library raises no narrower class
-        raise ValueError(f"settings that transformers takes expected: {one_line(error)}") from None
+
+
+@contextmanager
+def _named(file: Path):
+    """What transformers says of a file from anywhere, on one line: it raises whatever comes up."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{file}: what transformers takes expected: {one_line(error)}"
+        ) from error
 
 
 def _layer_types(theirs) -> dict:
@@ -137,11 +158,13 @@ def prove_by_transformers(base: DecoderCheckpoint, expanded: DecoderCheckpoint) 
 def _logits(side: DecoderCheckpoint, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        side.path,
-        dtype=side.dtype,
-        attn_implementation="eager",
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    return model.eval()(tokens, use_cache=False).logits
+    with _named(side.path):
+        model = AutoModelForCausalLM.from_pretrained(
+            side.path,
+            dtype=side.dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        return model.eval()(tokens, use_cache=False).logits

@@ -11,7 +11,7 @@ from llamapro.config import LAYER
 from llamapro.expansion import expand_checkpoint
 from llamapro.model import stock_tensors
 from llamapro.model_files import read_config
-from llamapro.proof import difference, fingerprint
+from llamapro.proof import difference, fingerprint, frozen_verdict
 
 transformers = pytest.importorskip("transformers")
 
@@ -230,3 +230,29 @@ def test_a_window_is_part_of_the_fingerprint(tiny):
     )
     assert difference(before, after) == "windows was None, is [5, 5, 5, 5]"
     assert difference(before, fingerprint(tiny().requires_grad_(False))) is None
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2, upper blocks slide", "qwen3, biases"])
+def test_every_command_takes_them(case, token_data, tmp_path, capsys):
+    """Trained in its new blocks, what is written is transformers' own, and the base in it."""
+    cli = pytest.importorskip("llamapro.cli")
+    theirs_on_disk(case, tmp_path / "base")
+
+    def run(*arguments):
+        cli.main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    data, settings = token_data(), ["--device", "cpu", "--dtype", "float32"]
+    run("expand", tmp_path / "base", tmp_path / "expanded", "--new-blocks", 1)
+    assert "interleaved" in run("plan", tmp_path / "base", "--new-blocks", 1, "--device", "cpu")
+    steps = ["--steps", 4, "--batch-size", 2, "--seq-len", 16, "--eval-tokens", 64]
+    out = ["--model", tmp_path / "expanded", "--data", data, "--out", tmp_path / "run"]
+    run("train", *out, *steps, *settings)
+    assert frozen_verdict(tmp_path / "run").endswith("bit-identical")
+    assert '"perplexity"' in run("eval", tmp_path / "run" / "final", data, *settings)
+    tokens = torch.randint(61, (2, 16))
+    with torch.no_grad():
+        theirs = stock(tmp_path / "run" / "final")(tokens).logits
+        ours = Llama.from_pretrained(tmp_path / "run" / "final")(tokens)
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+        assert not torch.equal(theirs, stock(tmp_path / "base")(tokens).logits)

@@ -95,7 +95,8 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype: torch.dtype | None = None, device="cpu") -> "Llama":
-        """Load a Hugging Face Llama directory, or a Hub name when online.
+        """Load a Hugging Face directory of a Llama, Mistral, Qwen2 or Qwen3, or a Hub name when
+        online.
 
         dtype: None keeps the checkpoint's. The configuration and the name, shape and length of
         every tensor are checked before a weight is read; CheckpointError or ValueError says what
@@ -111,7 +112,8 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, out, files_from=None) -> Path:
-        """Write a plain Hugging Face Llama to the new directory `out`, whole or not at all.
+        """Write a plain Hugging Face model of its architecture to the new directory `out`, whole or
+        not at all.
 
         files_from: a model directory whose tokenizer and generation files are copied along.
         Raises FileExistsError when `out` exists, OSError when the disk is too small.

@@ -215,6 +215,13 @@ def test_what_is_not_computed_is_refused_by_name(change, message):
         LlamaConfig.from_dict({"model_type": "mistral", **change})
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_kinds_of_layers_that_nothing_depends_on_are_not_counted(tiny, model_type):
+    """What a file says there makes no block more or fewer."""
+    model = tiny(model_type=model_type, other={"layer_types": ["full_attention"]})
+    assert len(model.blocks) == len(model.config.windows) == 4
+
+
 def test_a_setting_of_another_architecture_is_refused():
     for setting in ({"sliding_window": 8}, {"use_sliding_window": False}):
         with pytest.raises(ValueError, match=f"a llama has no {next(iter(setting))}, got"):

@@ -98,6 +98,7 @@ class LlamaConfig:
                 f" got {self.num_key_value_heads}"
             )
         self._check_rope()
+        self._check_settings_of_others()
         self._check_windows()
 
     def _check_rope(self):
@@ -116,17 +117,19 @@ class LlamaConfig:
                 f" {scaling['low_freq_factor']}, got {scaling['high_freq_factor']}"
             )
 
-    def _check_windows(self):
-        architecture = self.architecture
+    def _check_settings_of_others(self):
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if setting.name in OPTIONAL - {*architecture.settings} and value != setting.default:
+            if setting.name in self._foreign and value != setting.default:
                 raise ValueError(f"a {self.model_type} has no {setting.name}, got {shown(value)}")
+
+    def _check_windows(self):
+        """Fill in layer_types where its architecture has them, as transformers does."""
         full, sliding = LAYER_TYPES
         served = LAYER_TYPES if self._window else (full,)
-        if not architecture.layer_types:
+        if not self.architecture.layer_types:
             served = (sliding if self._window else full,)
-        elif self.other.get("layer_types") is None:  # as transformers fills it in
+        elif self.other.get("layer_types") is None:
             blocks = self.num_hidden_layers
             slides = [bool(self._window) and i >= self.max_window_layers for i in range(blocks)]
             kinds = [sliding if slide else full for slide in slides]
@@ -134,7 +137,7 @@ class LlamaConfig:
         kinds = self.other.get("layer_types") or []
         if not isinstance(kinds, list) or any(kind not in served for kind in kinds):
             raise ValueError(f"layer_types must be {' or '.join(served)}, got {shown(kinds)}")
-        if architecture.layer_types and len(kinds) != self.num_hidden_layers:
+        if self.architecture.layer_types and len(kinds) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types must have num_hidden_layers = {self.num_hidden_layers} entries,"
                 f" got {len(kinds)}"
@@ -153,12 +156,19 @@ class LlamaConfig:
     @property
     def windows(self) -> list[int | None]:
         """The tokens that a query of each block sees, itself among them; None for all before it."""
-        kinds = self.other.get("layer_types") or [LAYER_TYPES[1]] * self.num_hidden_layers
+        if not self.architecture.layer_types:
+            return [self._window] * self.num_hidden_layers
+        kinds = self.other["layer_types"]
         return [self._window if kind == LAYER_TYPES[1] else None for kind in kinds]
 
     @property
     def _window(self) -> int | None:
         return self.sliding_window if self.use_sliding_window else None
+
+    @property
+    def _foreign(self) -> frozenset[str]:
+        """Settings that only other architectures have."""
+        return OPTIONAL - {*self.architecture.settings}
 
     @property
     def new_blocks(self) -> list[int]:
@@ -191,7 +201,7 @@ class LlamaConfig:
 
     def to_dict(self) -> dict:
         """For config.json: every field, rope in the form of transformers 4 and of 5."""
-        absent = {"other"} | (OPTIONAL - {*self.architecture.settings})
+        absent = {"other", *self._foreign}
         if self.llama_pro is None:
             absent.add("llama_pro")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in absent}

@@ -18,6 +18,7 @@ class BlockShape:
     keys: int  # Hkv D
     inner: int  # I
     heads: int  # H
+    head_norms: bool = False
 
     @property
     def matrices(self) -> int:
@@ -26,16 +27,23 @@ class BlockShape:
 
 
 def flops(
-    shape: BlockShape, batch: int, length: int, *, backward: bool, trained: bool, recompute: str
+    shape: BlockShape,
+    batch: int,
+    length: int,
+    *,
+    window: int | None = None,
+    backward: bool,
+    trained: bool,
+    recompute: str,
 ) -> dict[str, int]:
     """FLOPs of one step of a block, by what they are for.
 
-    Each multiplication and each addition of a matrix product counts. backward: whether gradients
-    pass through the block; trained: whether its weights have some.
+    Each multiplication and each addition of a matrix product counts. window: as attention takes it;
+    backward: whether gradients pass through the block; trained: whether its weights have some.
     """
     tokens = batch * length
     matrices = 2 * tokens * shape.matrices
-    attention = 4 * batch * shape.queries * visible_pairs(length, length)
+    attention = 4 * batch * shape.queries * visible_pairs(length, length, window=window)
     recomputed = {
         "none": 0,
         "mlp": 4 * tokens * shape.width * shape.inner,  # gate_up
@@ -66,6 +74,8 @@ def scratch_bytes(shape: BlockShape, tokens: int, itemsize: int, recompute: str)
     """Bytes that backward of a block holds at its peak, beside what was saved."""
     mlp = 3 * shape.inner + 2 * shape.width  # the product's gradient, gate_up's, dy and dh
     attention = 2 * shape.queries + 2 * shape.keys + 3 * shape.width  # do and dqkv; dh and dx
+    if shape.head_norms:  # do, dqkv, q and k as attention takes them, the gradient of q; dh
+        attention = max(attention, 4 * shape.queries + 3 * shape.keys + shape.width)
     recomputed = {
         "none": 0,
         "mlp": 2 * shape.inner,

@@ -59,4 +59,4 @@ def test_whole_numbers_may_stand_for_numbers():
 def test_what_is_null_has_its_default():
     raw = dict.fromkeys(["rope_theta", "rope_scaling", "head_dim", "tie_word_embeddings"])
     read = LlamaConfig.from_dict({"model_type": "llama", **raw})
-    assert read == LlamaConfig(other={"model_type": "llama"})
+    assert read == LlamaConfig()

@@ -12,6 +12,7 @@ DIM, BATCH, LENGTH = 16, 2, 24
 SHAPES = {
     "heads in groups": cost.BlockShape(width=80, queries=6 * DIM, keys=2 * DIM, inner=176, heads=6),
     "as many key heads": cost.BlockShape(width=48, queries=48, keys=48, inner=112, heads=3),
+    "head norms": cost.BlockShape(48, 6 * DIM, 2 * DIM, inner=48, heads=6, head_norms=True),
 }
 NEEDED = {  # (does x need a gradient, do the weights)
     "frozen": (True, False),
@@ -30,25 +31,36 @@ def block(shape, needed, dtype=torch.bfloat16, device="cpu"):
         *((shape.width, shape.queries), (shape.width,)),
         *((2 * shape.inner, shape.width), (shape.width, shape.inner)),
     )
+    norms = ((DIM,), (DIM,)) if shape.head_norms else ()
     torch.manual_seed(0)
     x = torch.randn(BATCH, LENGTH, shape.width, dtype=dtype, device=device)
-    weights = [torch.randn(size, dtype=dtype, device=device) for size in sizes]
+    weights, norms = (
+        [torch.randn(size, dtype=dtype, device=device) for size in group]
+        for group in (sizes, norms)
+    )
     angles = torch.rand(LENGTH, DIM // 2, device=device).repeat(1, 2)
     want_x, want_weights = needed
-    weights = lk.BlockWeights(*(w.requires_grad_(want_weights) for w in weights))
+    for tensor in (*weights, *norms):
+        tensor.requires_grad_(want_weights)
+    weights = lk.BlockWeights(*weights, **dict(zip(("q_norm", "k_norm"), norms, strict=False)))
     return x.requires_grad_(want_x), weights, (angles.cos(), angles.sin())
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @every_need
 @every_policy
 @every_shape
-def test_flops_are_exact(shape, recompute, needed):
+def test_flops_are_exact(shape, recompute, needed, window):
     x, weights, table = block(shape, NEEDED[needed], device="meta")
     with FlopCounterMode(display=False) as counter:
-        y = lk.decoder_block(x, weights, *table, recompute=recompute)
+        y = lk.decoder_block(x, weights, *table, window=window, recompute=recompute)
         y.backward(torch.ones_like(y))
     counted = cost.flops(
-        *(shape, BATCH, LENGTH), backward=True, trained=needed != "frozen", recompute=recompute
+        *(shape, BATCH, LENGTH),
+        window=window,
+        backward=True,
+        trained=needed != "frozen",
+        recompute=recompute,
     )
     assert counter.get_total_flops() == sum(counted.values())
 

@@ -55,6 +55,14 @@ def expand(directory, out):
     load_model(out, None)
 
 
+def expand_by_transformers(directory, out):
+    try:
+        expand_checkpoint(directory, out, 1)
+    except BaseException:
+        assert not out.exists() and not out.with_name(f".{out.name}.partial").exists()
+        raise
+
+
 def use_tokenizer(directory, _):
     encode(load_tokenizer(directory), "to be or not to be")
 
@@ -81,6 +89,7 @@ TARGETS = {
         expand,
         150,
     ),
+    "decoder": (("config.json", "model.safetensors"), expand_by_transformers, 80),
     "tokenizer": (("tokenizer.json",), use_tokenizer, 150),
     "data": (("meta.json", "train.bin"), read_rows, 150),
     "run": (
@@ -114,6 +123,17 @@ def model_directory(tmp_path_factory):
 
 
 @pytest.fixture
+def decoder_directory(tmp_path):
+    """A model that our own Llama does not compute."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    config = transformers.Gemma2Config(**sizes, **heads)
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "decoder")
+    return tmp_path / "decoder"
+
+
+@pytest.fixture
 def run_directory(config, monkeypatch):
     """A run that stopped after two of its three steps."""
 
@@ -139,7 +159,9 @@ def pristine(request, model_directory, token_data):
     def directory(target):
         if target == "data":
             return token_data("pristine")
-        return request.getfixturevalue("run_directory") if target == "run" else model_directory
+        if target in ("run", "decoder"):
+            return request.getfixturevalue(f"{target}_directory")
+        return model_directory
 
     return directory
 

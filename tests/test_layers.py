@@ -10,8 +10,9 @@ ROOT = Path(__file__).parent.parent
 ANYWHERE = {"storage", "hardware", "markdown"}
 # Top to bottom. The packages below them follow the same rule among their own files.
 LAYERS = [
-    *("config", "placement", "model_files", "tokenizer", "hf", "generate", "model", "proof"),
-    *("expansion", "planner", "data", "eval", "train", "report", "cli", "__main__"),
+    *("architectures", "config", "placement", "model_files", "tokenizer", "hf", "generate"),
+    *("model", "proof", "decoder", "expansion"),
+    *("planner", "data", "eval", "train", "report", "cli", "__main__"),
 ]
 INSIDE = {
     "data": ["tokens", "prepare"],

@@ -112,7 +112,7 @@ def test_unknown_fields_survive(tiny_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "qwen3"}, "'qwen3'"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe'"),
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "positive factor, got None"),

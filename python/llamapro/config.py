@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import Field, dataclass, field, fields
+from typing import get_args
 
+from llamapro.architectures import LAYER_TYPES, OPTIONAL, OURS, Architecture, architecture_of
 from llamapro.storage import shown
 
 # The rotary embeddings served here, and the settings that each needs.
@@ -21,7 +23,6 @@ FIXED_SETTINGS = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "quantization_config": None,
-    "sliding_window": None,
 }
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # The parts of a block's fused matrices, rows after rows.
@@ -41,6 +42,7 @@ RANGES = {
     "rms_norm_eps": (0, LARGEST_FLOAT),
     "rope_theta": (1e-38, LARGEST_FLOAT),
     "initializer_range": (0, LARGEST_FLOAT),
+    "max_window_layers": (0, LARGEST),
 }
 
 
@@ -48,10 +50,13 @@ RANGES = {
 class LlamaConfig:
     """A Llama's shape, under the names and with the defaults of Hugging Face's config.json.
 
-    `num_key_value_heads` and `head_dim` follow from the others when None. `rope_scaling` holds
-    "rope_type" (default, linear or llama3) and its settings. `llama_pro` records block expansion:
-    {"new_blocks": positions, "base_blocks": count, "base": name}. `other` keeps every further
-    field of a file that was read, and is written back unchanged.
+    `model_type` may also be "mistral", "qwen2" or "qwen3", which are Llamas with a sliding window,
+    with biases of q, k and v alone, or with head norms. `num_key_value_heads` and `head_dim`
+    follow from the others when None. `rope_scaling` holds "rope_type" (default, linear or llama3)
+    and its settings. A query of a block that slides sees itself and the `sliding_window` - 1 tokens
+    before it, see `windows`. `llama_pro` records block expansion: {"new_blocks": positions,
+    "base_blocks": count, "base": name}. `other` keeps every further field of a file that was read,
+    and is written back unchanged.
     Raises ValueError for what this model does not compute.
     """
 
@@ -72,15 +77,15 @@ class LlamaConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    model_type: str = "llama"
+    sliding_window: int | None = None
+    use_sliding_window: bool = True
+    max_window_layers: int = 0
     llama_pro: dict | None = None
     other: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            _check_kind(setting, value)
-            for number in filter(_is_number, value if isinstance(value, list) else [value]):
-                _check_range(setting.name, number)
+        check_settings(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -93,7 +98,8 @@ class LlamaConfig:
                 f" got {self.num_key_value_heads}"
             )
         self._check_rope()
-        self._check_new_blocks()
+        self._check_settings_of_others()
+        self._check_windows()
 
     def _check_rope(self):
         scaling = self.rope_scaling or {}
@@ -111,14 +117,58 @@ class LlamaConfig:
                 f" {scaling['low_freq_factor']}, got {scaling['high_freq_factor']}"
             )
 
-    def _check_new_blocks(self):
-        new = (self.llama_pro or {}).get("new_blocks", [])
-        fits = _are_whole(new) and all(0 <= i < self.num_hidden_layers for i in new)
-        if not fits or len(set(new)) < len(new):
+    def _check_settings_of_others(self):
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name in self._foreign and value != setting.default:
+                raise ValueError(f"a {self.model_type} has no {setting.name}, got {shown(value)}")
+
+    def _check_windows(self):
+        """Fill in layer_types where its architecture has them, as transformers does."""
+        full, sliding = LAYER_TYPES
+        served = LAYER_TYPES if self._window else (full,)
+        if not self.architecture.layer_types:
+            served = (sliding if self._window else full,)
+        elif self.other.get("layer_types") is None:
+            blocks = self.num_hidden_layers
+            slides = [bool(self._window) and i >= self.max_window_layers for i in range(blocks)]
+            kinds = [sliding if slide else full for slide in slides]
+            self.other = {**self.other, "layer_types": kinds}
+        kinds = self.other.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind not in served for kind in kinds):
+            raise ValueError(f"layer_types must be {' or '.join(served)}, got {shown(kinds)}")
+        if self.architecture.layer_types and len(kinds) != self.num_hidden_layers:
             raise ValueError(
-                f"llama_pro.new_blocks must be distinct positions below num_hidden_layers ="
-                f" {self.num_hidden_layers}, got {shown(new)}"
+                f"layer_types must have num_hidden_layers = {self.num_hidden_layers} entries,"
+                f" got {len(kinds)}"
             )
+
+    @property
+    def architecture(self) -> Architecture:
+        """What its model_type has and others do not."""
+        return architecture_of({"model_type": self.model_type}, OURS)
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases; o_proj has one where `attention_bias` says so."""
+        return self.architecture.qkv_bias or self.attention_bias
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The tokens that a query of each block sees, itself among them; None for all before it."""
+        if not self.architecture.layer_types:
+            return [self._window] * self.num_hidden_layers
+        kinds = self.other["layer_types"]
+        return [self._window if kind == LAYER_TYPES[1] else None for kind in kinds]
+
+    @property
+    def _window(self) -> int | None:
+        return self.sliding_window if self.use_sliding_window else None
+
+    @property
+    def _foreign(self) -> frozenset[str]:
+        """Settings that only other architectures have."""
+        return OPTIONAL - {*self.architecture.settings}
 
     @property
     def new_blocks(self) -> list[int]:
@@ -127,35 +177,37 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "LlamaConfig":
-        """From config.json of transformers 4 or 5. Refuses, by name, what is not a plain Llama."""
-        if raw.get("model_type") != "llama":
-            raise ValueError(f"model_type 'llama' expected, got {shown(raw.get('model_type'))}")
-        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-        if architectures != ["LlamaForCausalLM"]:
-            raise ValueError(f"architecture LlamaForCausalLM expected, got {shown(architectures)}")
+        """From config.json of transformers 4 or 5. Refuses, by name, what `Llama` does not compute.
+
+        What is not there has transformers' default for its model_type. So has what is null where
+        that has no meaning of its own: a null sliding_window is none.
+        """
+        architecture = architecture_of(raw, OURS)
         for name, served in FIXED_SETTINGS.items():
             if (raw.get(name) or served) != served:
                 raise ValueError(f"{name} must be {served!r}, got {shown(raw[name])}")
-        layers = raw.get("layer_types") or []
-        if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
-            raise ValueError(f"layer_types must be full_attention, got {shown(layers)}")
+        foreign = OPTIONAL - {*architecture.settings}
+        if "sliding_window" in foreign and raw.get("sliding_window"):
+            raise ValueError(f"sliding_window must be None, got {shown(raw['sliding_window'])}")
         raw = _with_one_rope(raw)
-        known = {f.name for f in fields(cls)} - {"other"}
-        present = {name: value for name, value in raw.items() if value is not None}
-        return cls(
-            **{name: value for name, value in present.items() if name in known},
-            other={name: value for name, value in raw.items() if name not in known},
-        )
+        known = {f.name: f for f in fields(cls) if f.name not in foreign | {"other"}}
+        present = {
+            name: value
+            for name, value in raw.items()
+            if name in known and (value is not None or type(None) in get_args(known[name].type))
+        }
+        other = {name: value for name, value in raw.items() if name not in known}
+        return cls(**{**architecture.defaults, **present}, other=other)
 
     def to_dict(self) -> dict:
         """For config.json: every field, rope in the form of transformers 4 and of 5."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "other"}
+        absent = {"other", *self._foreign}
         if self.llama_pro is None:
-            own.pop("llama_pro")
+            absent.add("llama_pro")
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in absent}
         rope = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.architecture.causal_lm],
             "hidden_act": "silu",
             **self.other,
             **own,
@@ -189,10 +241,14 @@ def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, width),
         "mlp.down_proj": (width, inner),
     }
+    biases = dict.fromkeys(PARTS["qkv"], config.qkv_bias)
+    biases |= dict.fromkeys(PARTS["o_proj"], config.attention_bias)
     shapes = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    if config.architecture.head_norms:
+        shapes |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
     for name, shape in matrices.items():
         shapes[f"{name}.weight"] = shape
-        if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+        if biases.get(name, config.mlp_bias):
             shapes[f"{name}.bias"] = shape[:1]
     return shapes
 
@@ -215,6 +271,23 @@ def _with_one_rope(raw: dict) -> dict:
     return raw
 
 
+def check_settings(config) -> None:
+    """Raise ValueError, by name, for a value of the wrong kind or out of range in a dataclass of
+    settings."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        _check_kind(setting, value)
+        for number in filter(_is_number, value if isinstance(value, list) else [value]):
+            check_range(setting.name, number)
+    new = (config.llama_pro or {}).get("new_blocks", [])
+    fits = _are_whole(new) and all(0 <= i < config.num_hidden_layers for i in new)
+    if not fits or len(set(new)) < len(new):
+        raise ValueError(
+            f"llama_pro.new_blocks must be distinct positions below num_hidden_layers ="
+            f" {config.num_hidden_layers}, got {shown(new)}"
+        )
+
+
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -234,6 +307,7 @@ def _check_kind(setting: Field, value) -> None:
         int | None: ("a whole number", whole or missing),
         int | list[int] | None: ("whole numbers", whole or missing or _are_whole(value)),
         float: ("a number", _is_number(value)),
+        str: ("text", isinstance(value, str)),
         bool: ("true or false", isinstance(value, bool)),
         dict: ("an object", isinstance(value, dict)),
         dict | None: ("an object", isinstance(value, dict) or missing),
@@ -243,7 +317,8 @@ def _check_kind(setting: Field, value) -> None:
         raise ValueError(f"{setting.name} must be {expected}, got {shown(value)}")
 
 
-def _check_range(name: str, value) -> None:
+def check_range(name: str, value) -> None:
+    """Raise ValueError for a number that a setting of this name cannot have."""
     low, high = RANGES.get(name, (1, LARGEST))
     if not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}, got {shown(value)}")

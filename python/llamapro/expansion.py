@@ -5,19 +5,29 @@ computes what the base computes until it is trained. Source: Wu et al. 2024, "LL
 """
 
 import copy
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from llamapro.architectures import ARCHITECTURES
 from llamapro.config import LAYER, LlamaConfig
+from llamapro.decoder import DecoderCheckpoint, open_checkpoint, prove_by_transformers
 from llamapro.hf import Checkpoint, TensorEntry, write_model
 from llamapro.model import Llama
 from llamapro.placement import Slot, place_blocks
 from llamapro.proof import prove_identity
 from llamapro.storage import new_directory
 
+log = logging.getLogger("llamapro")
+
+POST_NORM = (
+    "%s has norms after its output projections, which are zero in new blocks: their first gradients"
+    " are up to 1 / sqrt(rms_norm_eps) = %.0f times larger than others, so that a clip of the norm"
+    " of all gradients sees only them; warm up, and clip each tensor or none"
+)
 _ZEROED = re.compile(r"(self_attn\.o_proj|mlp\.down_proj)\.(weight|bias)")
 
 
@@ -85,16 +95,22 @@ def expand_checkpoint(
 
     Values are copied a tensor at a time in their dtype. Before `out` appears, base and output are
     run side by side, a block at a time, on real tokens: IdentityError says where they part, and
-    then nothing is left behind. Raises what `place_blocks`, `Checkpoint` and `new_directory` do.
+    then nothing is left behind. A base that `Llama` does not compute is run whole, by transformers.
+    Raises what `place_blocks`, `open_checkpoint` and `new_directory` do.
     """
-    source = Checkpoint(base)
+    source = open_checkpoint(base)
     slots = place_blocks(source.config.num_hidden_layers, new_blocks, placement, per_group)
     config = expanded_config(source.config, slots, Path(base).resolve().name, keep_new)
     entries = _expanded_entries(source, slots)
     largest = max(file.stat().st_size for file in source.files)
     with new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
         write_model(directory, config, entries, files_from=source.path, max_shard_bytes=largest)
-        prove_identity(source, Checkpoint(directory), slots)
+        if isinstance(source, DecoderCheckpoint):
+            prove_by_transformers(source, DecoderCheckpoint(directory))
+        else:
+            prove_identity(source, Checkpoint(directory), slots)
+    if ARCHITECTURES[config.model_type].post_norm:
+        log.warning(POST_NORM, config.model_type, config.rms_norm_eps**-0.5)
     return config.new_blocks
 
 

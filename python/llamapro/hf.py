@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llamapro.config import LAYER, LlamaConfig, stock_shapes
+from llamapro.config import LAYER, stock_shapes
 from llamapro.model_files import (
     COMPANIONS,
     CheckpointError,
@@ -33,6 +33,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+FILES = ["*.safetensors", INDEX, "config.json", *COMPANIONS]
 MAX_SHARD_BYTES = 5 * 10**9
 # Some old files carry these; they follow from the configuration.
 DERIVED = ("rotary_emb.inv_freq",)
@@ -75,8 +76,8 @@ class Checkpoint:
     """A model directory opened for reading: configuration and tensor headers, checked."""
 
     def __init__(self, path):
-        self.path = locate(path, ["*.safetensors", INDEX, "config.json", *COMPANIONS])
-        self.config = parse_config(self.path)
+        self.path = locate(path, FILES)
+        self.config = self._read_config()
         companions(self.path)  # checked now: they are copied when a run of hours has ended
         self.files = self._files()
         self.tensors: dict[str, TensorEntry] = {}
@@ -84,6 +85,13 @@ class Checkpoint:
         for file in self.files:
             self._read_header(file)
         self._check_layout()
+
+    def _read_config(self):
+        return parse_config(self.path)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the files must hold: names and shapes."""
+        return stock_shapes(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,7 +153,7 @@ class Checkpoint:
             )
         if self.config.tie_word_embeddings:
             self._drop_second_name()
-        expected = stock_shapes(self.config)
+        expected = self._shapes()
         missing = sorted(expected.keys() - self.tensors.keys())
         extra = sorted(
             name for name in self.tensors.keys() - expected.keys() if not name.endswith(DERIVED)
@@ -192,13 +200,14 @@ def fill(tensors: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
 
 def write_model(
     directory: Path,
-    config: LlamaConfig,
+    config,
     entries: list[TensorEntry],
     *,
     files_from=None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Fill an empty directory: config.json, weights, and companions copied from `files_from`."""
+    """Fill an empty directory: config.json, which is `config.to_dict()`, weights, and companions
+    copied from `files_from`."""
     dtype = str(main_dtype(entries)).removeprefix("torch.")
     raw = {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
     write_json(directory / "config.json", raw)

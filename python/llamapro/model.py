@@ -17,17 +17,20 @@ class Block(nn.Module):
     """One Llama block; q, k, v are rows of one matrix, gate and up of another.
 
     `recompute` is what backward computes a second time: "none", "mlp" or "block", see
-    `lk.decoder_block`.
+    `lk.decoder_block`, and `window` how many tokens a query sees, None for all before it.
     """
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, window: int | None = None):
         super().__init__()
         width, dim = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        self.eps, self.recompute = config.rms_norm_eps, "none"
+        self.eps, self.window, self.recompute = config.rms_norm_eps, window, "none"
         self.attention_norm = nn.Parameter(torch.ones(width))
-        self.qkv = nn.Linear(width, queries + 2 * keys, bias=config.attention_bias)
+        self.qkv = nn.Linear(width, queries + 2 * keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
+        normed = config.architecture.head_norms
+        self.q_norm = nn.Parameter(torch.ones(dim)) if normed else None
+        self.k_norm = nn.Parameter(torch.ones(dim)) if normed else None
         self.mlp_norm = nn.Parameter(torch.ones(width))
         self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=config.mlp_bias)
@@ -44,6 +47,8 @@ class Block(nn.Module):
             self.o_proj.bias,
             self.gate_up.bias,
             self.down_proj.bias,
+            self.q_norm,
+            self.k_norm,
         )
         return lk.decoder_block(
             x,
@@ -51,6 +56,7 @@ class Block(nn.Module):
             cos,
             sin,
             eps=self.eps,
+            window=self.window,
             cu_seqlens=cu_seqlens,
             cache=cache,
             recompute=self.recompute,
@@ -75,7 +81,7 @@ class Llama(nn.Module):
         self.config = config
         weight = torch.empty(config.vocab_size, config.hidden_size)  # initialised below
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, window) for window in config.windows)
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -89,7 +95,8 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype: torch.dtype | None = None, device="cpu") -> "Llama":
-        """Load a Hugging Face Llama directory, or a Hub name when online.
+        """Load a Hugging Face directory of a Llama, Mistral, Qwen2 or Qwen3, or a Hub name when
+        online.
 
         dtype: None keeps the checkpoint's. The configuration and the name, shape and length of
         every tensor are checked before a weight is read; CheckpointError or ValueError says what
@@ -105,7 +112,8 @@ class Llama(nn.Module):
         return model
 
     def save_pretrained(self, out, files_from=None) -> Path:
-        """Write a plain Hugging Face Llama to the new directory `out`, whole or not at all.
+        """Write a plain Hugging Face model of its architecture to the new directory `out`, whole or
+        not at all.
 
         files_from: a model directory whose tokenizer and generation files are copied along.
         Raises FileExistsError when `out` exists, OSError when the disk is too small.
@@ -208,6 +216,9 @@ def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, t
         f"{prefix}input_layernorm.weight": block.attention_norm,
         f"{prefix}post_attention_layernorm.weight": block.mlp_norm,
     }
+    if config.architecture.head_norms:
+        tensors[f"{prefix}self_attn.q_norm.weight"] = block.q_norm
+        tensors[f"{prefix}self_attn.k_norm.weight"] = block.k_norm
     for matrix, names in PARTS.items():
         rows = [shapes[f"{name}.weight"][0] for name in names]
         for kind, parameter in getattr(block, matrix).named_parameters():
@@ -220,7 +231,7 @@ def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, t
 def load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> Block:
     """One block alone, on the CPU."""
     with torch.device("meta"):
-        block = Block(checkpoint.config).to(dtype)
+        block = Block(checkpoint.config, checkpoint.config.windows[index]).to(dtype)
     block.to_empty(device="cpu")
     fill(block_tensors(block, checkpoint.config, f"model.layers.{index}."), checkpoint)
     return block

@@ -6,6 +6,7 @@ every trainable block, and attention's products where there are any. So the pape
 which 8 are new and the first of these is the fifth, cost (40 + 36 + 8) / 120 of training them all.
 """
 
+import math
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -14,7 +15,7 @@ from itertools import accumulate
 
 import torch
 
-from llamapro.config import LlamaConfig
+from llamapro.config import LlamaConfig, block_shapes
 from llamapro.expansion import expanded_config
 from llamapro.markdown import table
 from llamapro.placement import place_blocks
@@ -71,19 +72,15 @@ def block_shape(config: LlamaConfig) -> cost.BlockShape:
         keys=config.num_key_value_heads * config.head_dim,
         inner=config.intermediate_size,
         heads=config.num_attention_heads,
+        head_norms=config.architecture.head_norms,
     )
 
 
 def parameters(config: LlamaConfig) -> dict[str, int]:
     """Count the parameters of one block, and of everything else."""
-    shape = block_shape(config)
-    block = shape.matrices + 2 * shape.width
-    if config.attention_bias:
-        block += shape.queries + 2 * shape.keys + shape.width
-    if config.mlp_bias:
-        block += 2 * shape.inner + shape.width
+    block = sum(map(math.prod, block_shapes(config).values()))
     tables = 1 if config.tie_word_embeddings else 2
-    return {"block": block, "rest": tables * config.vocab_size * shape.width + shape.width}
+    return {"block": block, "rest": (tables * config.vocab_size + 1) * config.hidden_size}
 
 
 def flops(work: Workload, recompute: list[str] | None = None) -> dict[str, int]:
@@ -94,11 +91,15 @@ def flops(work: Workload, recompute: list[str] | None = None) -> dict[str, int]:
     """
     recompute = recompute or ["none"] * len(work.blocks)
     trained, total = set(work.trained), Counter()
-    kinds = Counter((i in work.blocks_in_backward, i in trained, recompute[i]) for i in work.blocks)
+    kinds = Counter(
+        (window, i in work.blocks_in_backward, i in trained, recompute[i])
+        for i, window in enumerate(work.config.windows)
+    )
     shape = block_shape(work.config)
-    for (backward, is_trained, policy), count in kinds.items():
+    for (window, backward, is_trained, policy), count in kinds.items():
         of_one = cost.flops(
             *(shape, work.batch, work.length),
+            window=window,
             backward=backward,
             trained=is_trained,
             recompute=policy,

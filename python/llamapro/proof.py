@@ -35,9 +35,10 @@ PROOF_TEXT = (
 )
 CHUNK = 2**14  # words
 AT_ONCE = {"cpu": 2**15, "cuda": 2**22}  # words whose products are in a cache together
-# Of a configuration, what no result depends on; what llama_pro says of that is added.
+# Of a configuration, what no result depends on; what others of it mean together is added.
 UNUSED = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"}
-UNUSED |= {"llama_pro", "other"}
+UNUSED |= {"llama_pro", "other", "model_type"}
+UNUSED |= {"sliding_window", "use_sliding_window", "max_window_layers"}
 
 
 class IdentityError(RuntimeError):
@@ -50,7 +51,7 @@ def prove_identity(base: Checkpoint, expanded: Checkpoint, slots: list[Slot]) ->
 
     Both run at once, a block of each in memory, so the first place where they part is known.
     """
-    tokens, dtype = _proof_tokens(base), base.dtype
+    tokens, dtype = proof_tokens(base), base.dtype
     cos, sin = rope_table(base.config, 0, tokens.shape[1])
     embedding = "model.embed_tokens.weight"
     x = base.tensors[embedding].load()[tokens].to(dtype)
@@ -62,8 +63,7 @@ def prove_identity(base: Checkpoint, expanded: Checkpoint, slots: list[Slot]) ->
             x = load_block(base, slot.source, dtype)(x, cos, sin)
         kind = "a new copy of" if slot.new else "the base's"
         _compare(x, y, f"block {i}, {kind} block {slot.source}")
-    logits = [_logits(side, state) for side, state in ((base, x), (expanded, y))]
-    _compare(*(side.view(torch.uint8) for side in logits), "the logits")
+    compare_logits(_logits(base, x), _logits(expanded, y))
     base.close()
     expanded.close()
 
@@ -74,6 +74,12 @@ def _logits(side: Checkpoint, x: torch.Tensor) -> torch.Tensor:
     norm = side.tensors["model.norm.weight"].load()
     head, norm = head.to(x.dtype), norm.to(x.dtype)
     return torch.nn.functional.linear(lk.rms_norm(x, norm, side.config.rms_norm_eps), head)
+
+
+def compare_logits(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise IdentityError unless both are finite and have the same bits."""
+    _compare(x, y, "the logits")
+    _compare(x.view(torch.uint8), y.view(torch.uint8), "the bits of the logits")
 
 
 def _compare(x: torch.Tensor, y: torch.Tensor, where: str) -> None:
@@ -87,7 +93,7 @@ def _compare(x: torch.Tensor, y: torch.Tensor, where: str) -> None:
         )
 
 
-def _proof_tokens(base: Checkpoint) -> torch.Tensor:
+def proof_tokens(base: Checkpoint) -> torch.Tensor:
     """Real text where the directory has a tokenizer, otherwise ids spread over the vocabulary."""
     config = base.config
     try:
@@ -132,6 +138,8 @@ def fingerprint(model: Llama) -> dict[str, str]:
 def _settings(config: LlamaConfig) -> dict[str, str]:
     used = {name: value for name, value in asdict(config).items() if name not in UNUSED}
     used["new_blocks"] = config.new_blocks
+    if any(config.windows):
+        used["windows"] = config.windows
     return {name: json.dumps(value, sort_keys=True) for name, value in used.items()}
 
 

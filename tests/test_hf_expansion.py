@@ -1,5 +1,12 @@
+import json
+import re
+
 import pytest
 import torch
+from llamapro import Llama, expand
+from llamapro.model_files import CheckpointError
+from llamapro.new_blocks import merge
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 lpt = pytest.importorskip("llamapro.integrations.transformers")
@@ -68,3 +75,309 @@ def test_expansion_changes_no_bit(kind, placement, tmp_path):
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert back.config.llama_pro == model.config.llama_pro
     assert same(before, seen(back))
+
+
+@torch.no_grad()
+def train(model, seed=1):
+    """Change everything that is new, as training does."""
+    torch.manual_seed(seed)
+    for i in model.config.llama_pro["new_blocks"]:
+        for parameter in model.model.layers[i].parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_new_blocks_are_loaded_onto_a_base_from_elsewhere(kind, dtype, tmp_path):
+    build(kind).to(dtype).save_pretrained(tmp_path / "base")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = train(lpt.expand(load(tmp_path / "base"), 2, "suffix"))
+    after = seen(model)
+    lpt.save_new_blocks(model, tmp_path / "new")
+    base = load(tmp_path / "base")
+    before = seen(base)
+    lpt.load_new_blocks(base, tmp_path / "new", "law")
+    assert same(after, seen(base)) and not same(before, after)
+    assert base.config.to_dict() == model.config.to_dict()
+    lpt.activate(base, None)
+    assert same(before, seen(base)) and len(base.model.layers) == 4
+    assert base.config.to_dict() == load(tmp_path / "base").config.to_dict()
+
+
+@pytest.mark.parametrize("rope", ["default", "llama3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_base_has_one_fingerprint(tied, rope, tmp_path):
+    """As a transformers model, as our Llama and as files, in fp32 and in bf16."""
+    changes = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": tied}
+    if rope == "llama3":
+        changes["rope_parameters"] = {
+            "rope_type": rope,
+            "rope_theta": 5000,
+            "factor": 8.0,
+            "low_freq_factor": 1,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    base = tmp_path / "base"
+    build(**changes).to(torch.bfloat16).save_pretrained(base)
+    prints = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        ours = Llama.from_pretrained(base, dtype=dtype)
+        for model in (lpt.expand(theirs, 2), expand(ours, 2)):
+            out = tmp_path / f"{dtype} {type(model)}"
+            lpt.save_new_blocks(model, out)
+            merge(base, out, tmp_path / f"{out.name} merged")
+            about = json.loads((out / "new_blocks.json").read_text())
+            prints.add((about["base_fingerprint"], about["base_dtype"]))
+            lpt.load_new_blocks(ours, out)
+            lpt.load_new_blocks(theirs, out)
+    assert len(prints) == 2
+
+
+def test_new_blocks_of_llamas_are_exchanged(tmp_path):
+    """Saved by one library's model, loaded by the other's."""
+    base = tmp_path / "base"
+    build(attention_bias=False, mlp_bias=False).save_pretrained(base)
+    model = train(lpt.expand(transformers.AutoModelForCausalLM.from_pretrained(base), 2))
+    lpt.save_new_blocks(model, tmp_path / "new")
+    ours = Llama.from_pretrained(base)
+    lpt.load_new_blocks(ours, tmp_path / "new", "law")
+    lpt.save_new_blocks(ours, tmp_path / "again")
+    for name in ("new_blocks.json", "new_blocks.safetensors"):
+        first, second = (load_json_or_tensors(tmp_path / d / name) for d in ("new", "again"))
+        assert first == second
+    lpt.activate(ours, None)
+    assert len(ours.blocks) == 4
+
+
+def load_json_or_tensors(file):
+    if file.suffix == ".json":
+        return json.loads(file.read_text())
+    return {name: tensor.tolist() for name, tensor in load_file(file).items()}
+
+
+def test_two_domains_and_the_base_in_one_model(tmp_path):
+    """Swapped a hundred times, no bit of any moves."""
+    build("qwen2").save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = {None: seen(model)}
+    for seed, (name, placement) in enumerate({"law": [1, 2], "code": "suffix"}.items()):
+        domain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        train(lpt.expand(domain, 2, placement), seed)
+        expected[name] = seen(domain)
+        lpt.save_new_blocks(domain, tmp_path / name)
+        lpt.load_new_blocks(model, tmp_path / name, name)
+    assert not same(expected["law"], expected["code"])
+    for i in range(100):
+        name = ("law", None, "code", None)[i % 4]
+        lpt.activate(model, name)
+        assert len(model.model.layers) == (6 if name else 4)
+        assert torch.equal(model(TOKENS).logits, expected[name][0])
+        assert i % 20 or same(expected[name], seen(model))
+
+
+def test_only_new_blocks_train(tmp_path):
+    model = lpt.expand(build(num_hidden_layers=12), 2, [1, 12])
+    lpt.train_new_blocks_only(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in trained} == {"1", "12"} and len(trained) == 2 * 16
+    patterns = lpt.new_block_patterns(model.config)
+    names = {name for name, _ in model.named_parameters()}
+    escaped = [re.sub(r"\.(?!\+)", r"\\.", pattern) for pattern in patterns]  # as axolotl does
+    for match in (re.match, re.search, re.fullmatch):
+        for form in (patterns, escaped):
+            assert {n for n in names if any(match(p, n) for p in form)} == trained
+    assert patterns == ["^model[.]layers[.]1[.].+", "^model[.]layers[.]12[.].+"]
+    assert lpt.new_block_patterns(build().config) == []
+    with pytest.raises(ValueError, match="no new block to train"):
+        lpt.train_new_blocks_only(build())
+
+
+def test_what_is_set_later_reaches_the_copies():
+    model = lpt.expand(build(), 2)
+    model.set_attn_implementation("eager")
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {
+        "eager"
+    }
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+    states = model(TOKENS, output_hidden_states=True).hidden_states
+    assert len(states) == 7 and torch.equal(states[2], states[3])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_large_first_gradients_are_said(kind, caplog):
+    lpt.expand(build(kind), 2)
+    assert ("first gradients" in caplog.text) == (kind in ("olmo2", "gemma2", "gemma3_text"))
+
+
+def quantized():
+    model = build()
+    model.hf_quantizer = object()
+    return model
+
+
+def with_adapters():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(build(), peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def with_injected_adapters():
+    peft = pytest.importorskip("peft")
+    model = build()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["down_proj"]), model)
+    del model.peft_config
+    return model
+
+
+def without_layers():
+    model = build()
+    model.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    return model
+
+
+def of(config):
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+WRONG = {
+    "quantized": (quantized, {}, "a model in floating point expected, got a quantized Llama"),
+    "adapters": (with_adapters, {}, "a model without adapters expected, got PeftModel.*: expand"),
+    "injected": (with_injected_adapters, {}, r"down_proj must be torch.nn.Linear, got peft\."),
+    "no layers": (without_layers, {}, r"one stack of 4 decoder layers expected, got \[\]"),
+    "no model": (lambda: torch.nn.Linear(2, 2), {}, "a model of transformers expected, got Linear"),
+    "GPT-2": (
+        lambda: of(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)),
+        {},
+        "model_type must be one of .* got 'gpt2'",
+    ),
+    "T5": (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(num_layers=1, d_model=8, d_kv=4, d_ff=8, vocab_size=9)
+        ),
+        {},
+        "got 't5'",
+    ),
+    "Mixtral": (
+        lambda: of(transformers.MixtralConfig(**{**TINY, "num_local_experts": 2})),
+        {},
+        "got 'mixtral'",
+    ),
+    "position": (build, {"placement": [9]}, r"within 0\.\.4 .* got \[9\]"),
+    "count": (build, {"new_blocks": 5}, "between 1 and the 4 blocks"),
+    "name": (build, {"new_blocks": 2, "placement": "middle"}, "'middle'"),
+}
+
+
+@pytest.mark.parametrize("make, settings, message", WRONG.values(), ids=WRONG)
+def test_what_cannot_be_expanded_stays_as_it_is(make, settings, message):
+    model = make()
+    before = list(model.named_modules())
+    config = getattr(model, "config", None) and model.config.to_dict()
+    with pytest.raises(ValueError, match=message):
+        lpt.expand(model, **(settings or {"new_blocks": 1}))
+    assert list(model.named_modules()) == before
+    assert (getattr(model, "config", None) and model.config.to_dict()) == config
+
+
+def test_another_base_is_refused(tmp_path):
+    lpt.save_new_blocks(lpt.expand(build("gemma2"), 2), tmp_path / "new")
+    lpt.load_new_blocks(build("gemma2"), tmp_path / "new")
+    for changes in ({"attn_logit_softcapping": 9.0}, {"layer_types": ["full_attention"] * 4}):
+        model = build("gemma2", **changes)
+        with pytest.raises(CheckpointError, match="got the model with"):
+            lpt.load_new_blocks(model, tmp_path / "new")
+        assert len(model.model.layers) == 4 and not hasattr(model.config, "llama_pro")
+    with pytest.raises(ValueError, match=r"its layers at model.layers.0, got a Gemma2Model"):
+        lpt.load_new_blocks(build("gemma2").model, tmp_path / "new")
+
+
+ROWS = [{"input_ids": row, "labels": row} for row in torch.randint(3, 61, (40, 16)).tolist()]
+
+
+def trainer(model, out, *callbacks, **settings):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(out),
+        max_steps=10,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+        **{"save_steps": 5, **settings},
+    )
+    return transformers.Trainer(model, arguments, train_dataset=ROWS, callbacks=list(callbacks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trainer_with_the_callback(dtype, tmp_path, capsys):
+    """Frozen bits stay, new blocks are saved, and merged they are the trained model."""
+    base, load = tmp_path / "base", transformers.AutoModelForCausalLM.from_pretrained
+    build(attention_bias=False, mlp_bias=False).to(dtype).save_pretrained(base)
+    model = lpt.expand(load(base), 2)
+    lpt.train_new_blocks_only(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer(model, tmp_path / "run", lpt.BlockExpansionCallback()).train()
+    assert "training the new blocks [2, 5] of 6: 0.0 M parameters in 18" in capsys.readouterr().out
+    after, patterns = model.state_dict(), lpt.new_block_patterns(model.config)
+    for name, tensor in after.items():
+        new = any(re.match(pattern, name) for pattern in patterns)
+        assert torch.equal(tensor, before[name]) != new, name
+    new = tmp_path / "run" / "checkpoint-10" / "new_blocks"
+    assert (tmp_path / "run" / "checkpoint-5" / "new_blocks" / "new_blocks.json").exists()
+    merged = load(merge(base, new, tmp_path / "merged"))
+    assert merged.config.llama_pro["new_blocks"] == [2, 5]
+    assert same(seen(merged), seen(model.eval()))
+    model.save_pretrained(tmp_path / "whole")
+    assert same(seen(load(tmp_path / "whole")), seen(model))
+    again = load(base)
+    lpt.load_new_blocks(again, new)
+    assert same(seen(again), seen(model))
+
+
+def test_the_callback_goes_on_in_a_folder_that_is_there(tmp_path):
+    model = lpt.expand(build(), 2)
+    lpt.train_new_blocks_only(model)
+    for _ in range(2):
+        trainer(model, tmp_path, lpt.BlockExpansionCallback()).train()
+    saved = load_file(tmp_path / "checkpoint-10" / "new_blocks" / "new_blocks.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
+
+
+class Changes(transformers.TrainerCallback):
+    """Moves one frozen number at a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            model.model.norm.weight.data[3] += 1e-3
+
+
+@pytest.mark.parametrize("step, saved", [(3, []), (7, [5])])
+def test_a_frozen_bit_that_changes_is_an_error(step, saved, tmp_path):
+    """At the next checkpoint, or at the end; the new blocks are not saved then."""
+    model = lpt.expand(build(), 2)
+    lpt.train_new_blocks_only(model)
+    run = trainer(model, tmp_path, lpt.BlockExpansionCallback(), Changes(step))
+    with pytest.raises(RuntimeError, match=r"what is frozen changed: model\.norm\.weight was"):
+        run.train()
+    assert [f.parent.name for f in tmp_path.glob("*/new_blocks")] == [
+        f"checkpoint-{i}" for i in saved
+    ]
+    run = trainer(model, tmp_path, lpt.BlockExpansionCallback(), Changes(10), save_strategy="no")
+    with pytest.raises(RuntimeError, match="step 10: what is frozen changed"):
+        run.train()
+
+
+def test_the_callback_refuses_what_it_would_not_save(tmp_path):
+    model = lpt.expand(build(), 2)
+    callback = lpt.BlockExpansionCallback()
+    with pytest.raises(ValueError, match=r"\[2, 5\] alone are expected to train, got .* others"):
+        trainer(model, tmp_path, callback).train()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="got none"):
+        callback.on_train_begin(None, None, None, model=model)

@@ -14,6 +14,7 @@ same base, since no value differs.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from llamapro.storage import new_directory, one_line, read_json, shown, write_js
 WEIGHTS, ABOUT = "new_blocks.safetensors", "new_blocks.json"
 PREFIX = "model.layers."
 MOST_BLOCKS = 1000  # as of a configuration
+log = logging.getLogger("llamapro")
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 
 
@@ -93,7 +95,10 @@ class NewBlocks:
         return [Slot(next(sources), True) if slot.new else slot for slot in stack]
 
     def check(self, base: Base, whose) -> None:
-        """Raise CheckpointError unless these blocks were made for this base, and are undamaged."""
+        """Raise CheckpointError unless these blocks were made for this base, and are undamaged.
+
+        Says so when they have more digits than the base, whose dtype they will have.
+        """
         if base.blocks != self.base_blocks:
             raise CheckpointError(
                 f"{self.path}: a base of {self.base_blocks} blocks expected,"
@@ -112,6 +117,10 @@ class NewBlocks:
             raise CheckpointError(
                 f"{self.path / WEIGHTS} is damaged: the digest {self.digest} expected, got {got}"
             )
+        ours, theirs = main_dtype(self.tensors.values()), main_dtype(base.entries)
+        if ours.itemsize > theirs.itemsize:
+            names = DTYPE_NAMES[ours], whose, DTYPE_NAMES[theirs]
+            log.warning("%s: in %s, rounded now as %s is in %s", self.path, *names)
 
     def _check_shapes(self, base: Base) -> None:
         expected = {
@@ -174,7 +183,7 @@ def _checked(about: dict) -> dict:
     positions, sources, blocks = (about.get(n) for n in ("positions", "sources", "base_blocks"))
     if not _whole(blocks, 1, MOST_BLOCKS):
         raise ValueError(f"base_blocks must be from 1 to {MOST_BLOCKS}, got {shown(blocks)}")
-    total = blocks + len(positions) if isinstance(positions, list) else 0
+    total = blocks + (len(positions) if isinstance(positions, list) else 0)
     if not _are_whole(positions, total) or positions != sorted(set(positions)):
         raise ValueError(f"positions must ascend from 0 up to {total - 1}, got {shown(positions)}")
     if not _are_whole(sources, blocks) or len(sources) != len(positions):

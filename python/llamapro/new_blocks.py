@@ -6,7 +6,6 @@ then the stack is the base's, and so is what it computes, bit for bit and at the
 
 import copy
 import itertools
-import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from llamapro.expansion import expanded_config, is_per_layer
 from llamapro.hf import Checkpoint, TensorEntry, entries_of, write_model
 from llamapro.model import Llama, block_tensors, stock_tensors
 from llamapro.new_block_files import (
-    DTYPE_NAMES,
     PREFIX,
     Base,
     NewBlocks,
@@ -29,7 +27,6 @@ from llamapro.placement import Slot
 from llamapro.storage import new_directory
 
 DEFAULT = "default"
-log = logging.getLogger("llamapro")
 
 
 class LlamaStack:

@@ -17,7 +17,7 @@ try:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 except ImportError as error:
     raise ImportError(
-        f"llamapro.integrations.transformers needs transformers 5: pip install transformers ({error})"
+        f"llamapro.integrations.transformers needs transformers 5 (pip install transformers): {error}"
     ) from error
 
 from llamapro import new_blocks as blocks_of
@@ -257,7 +257,7 @@ def _check_served(model) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a model of transformers expected, got {kind}")
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"a model in floating point expected, got a quantized {kind}")
     served = PRE_NORM + POST_NORM
     if model.config.model_type not in served:

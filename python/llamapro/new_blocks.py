@@ -55,7 +55,8 @@ class LlamaStack:
         lists, config = dict(layout), self.model.config
         own = {name: lists.pop(name) for name in ("num_hidden_layers", "llama_pro")}
         self.model.config = replace(config, **own, other={**config.other, **lists})
-        self.model.blocks = torch.nn.ModuleList(blocks)
+        del self.model.blocks[:]
+        self.model.blocks.extend(blocks)
 
     def copy(self, block: torch.nn.Module) -> torch.nn.Module:
         return copy.deepcopy(block)

@@ -17,7 +17,7 @@ try:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 except ImportError as error:
     raise ImportError(
-        f"llamapro.integrations.transformers needs transformers 5 (pip install transformers): {error}"
+        f"llamapro.integrations.transformers needs transformers, pip install transformers: {error}"
     ) from error
 
 from llamapro import new_blocks as blocks_of

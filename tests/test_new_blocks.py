@@ -1,13 +1,20 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from llamapro import Llama, LlamaConfig, expand
+from llamapro.config import LAYER
 from llamapro.expansion import expand_checkpoint
+from llamapro.hf import Checkpoint
 from llamapro.model_files import CheckpointError
+from llamapro.new_block_files import Base, base_settings, write_new_blocks
 from llamapro.new_blocks import (
     LlamaStack,
     activate,
@@ -18,6 +25,7 @@ from llamapro.new_blocks import (
 )
 from llamapro.placement import place_blocks
 from safetensors.torch import load_file, save_file
+from test_expansion import synthetic
 
 PLACEMENTS = ["interleaved", "prefix", "suffix", [0, 2, 5]]
 TOKENS = torch.arange(40).view(2, 20)
@@ -344,3 +352,37 @@ def test_a_checkpoint_of_a_run_holds_nothing_frozen(config):
         kinds = ("master", "exp_avg", "exp_avg_sq")
         prefixes = tuple(f"{kind}.blocks.{i}." for kind in kinds for i in new)
         assert len(names) == 3 * len(new) * 6 and all(name.startswith(prefixes) for name in names)
+
+
+def test_merging_is_out_of_core(tmp_path):
+    """The process's largest resident set grows by less than the new blocks or the base have."""
+    size = synthetic(tmp_path / "base", blocks=24)
+    synthetic(tmp_path / "small", blocks=2, width=64)
+    for name in ("base", "small"):
+        source = Checkpoint(tmp_path / name)
+        base = Base(base_settings(source.config), list(source.tensors.values()))
+        half = base.blocks // 2  # copies of the upper half on top
+        new = [
+            replace(entry, name=f"model.layers.{int(match[1]) + half}.{match[2]}")
+            for entry in base.entries
+            if (match := LAYER.fullmatch(entry.name)) and int(match[1]) >= half
+        ]
+        positions, sources = range(base.blocks, base.blocks + half), range(half, base.blocks)
+        out = tmp_path / f"{name} new"
+        write_new_blocks(out, new, list(positions), list(sources), None, base)
+    code = f"""
+    from llamapro.new_blocks import merge
+    def peak():
+        lines = open("/proc/self/status").read().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
+    merge(*({str(tmp_path / "small")!r} + end for end in ("", " new", " merged")))  # loads all code
+    before = peak()
+    merge(*({str(tmp_path / "base")!r} + end for end in ("", " new", " merged")))
+    print(peak() - before)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    largest = max(f.stat().st_size for f in (tmp_path / "base").glob("*.safetensors"))
+    assert int(result.stdout) < 3 * largest < size / 5, (int(result.stdout), largest, size)

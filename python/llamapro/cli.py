@@ -81,7 +81,7 @@ def merge(
         out: The new directory that the expanded model is written to.
     """
     new_blocks.merge(base, new_blocks_directory, out)
-    print(f"{out}: {base} with the new blocks at {read_config(out).new_blocks}")
+    print(f"{out}: {base} with new blocks at {read_config(out).new_blocks}")
 
 
 def prepare(

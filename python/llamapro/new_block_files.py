@@ -210,17 +210,24 @@ def _are_whole(values, end: int) -> bool:
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:
+    tensors = {}
     try:
-        weights = safe_open(file, "pt")
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
+                piece = weights.get_slice(name)
+                if piece.get_dtype() not in DTYPES:
+                    raise CheckpointError(
+                        f"{file}: {shown(name)} must be one of {sorted(DTYPES)},"
+                        f" got {piece.get_dtype()}"
+                    )
+                dtype, shape = DTYPES[piece.get_dtype()], tuple(piece.get_shape())
+                tensors[name] = TensorEntry(name, dtype, shape, partial(_load, file, name))
     except SafetensorError as error:
         raise CheckpointError(f"{file}: truncated or not safetensors: {one_line(error)}") from None
-    tensors = {}
-    for name in weights.keys():  # noqa: SIM118 (not a dict)
-        piece = weights.get_slice(name)
-        if piece.get_dtype() not in DTYPES:
-            raise CheckpointError(
-                f"{file}: {shown(name)} must be one of {sorted(DTYPES)}, got {piece.get_dtype()}"
-            )
-        load = partial(weights.get_tensor, name)
-        tensors[name] = TensorEntry(name, DTYPES[piece.get_dtype()], tuple(piece.get_shape()), load)
     return tensors
+
+
+def _load(file: Path, name: str) -> torch.Tensor:
+    """Opened each time: what is mapped for a tensor goes with it."""
+    with safe_open(file, "pt") as weights:
+        return weights.get_tensor(name)

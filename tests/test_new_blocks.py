@@ -14,7 +14,7 @@ from llamapro.config import LAYER
 from llamapro.expansion import expand_checkpoint
 from llamapro.hf import Checkpoint
 from llamapro.model_files import CheckpointError
-from llamapro.new_block_files import Base, base_settings, write_new_blocks
+from llamapro.new_block_files import Base, base_settings, describe, write_new_blocks
 from llamapro.new_blocks import (
     LlamaStack,
     activate,
@@ -369,7 +369,7 @@ def test_merging_is_out_of_core(tmp_path):
         ]
         positions, sources = range(base.blocks, base.blocks + half), range(half, base.blocks)
         out = tmp_path / f"{name} new"
-        write_new_blocks(out, new, list(positions), list(sources), None, base)
+        write_new_blocks(out, new, describe(new, list(positions), list(sources), None, base))
     code = f"""
     from llamapro.new_blocks import merge
     def peak():

@@ -142,11 +142,11 @@ def digest_of(entries: Iterable[TensorEntry]) -> str:
     return combined({entry.name: digest(entry.load()) for entry in entries})
 
 
-def write_new_blocks(
-    out, entries: list[TensorEntry], positions: list[int], sources: list[int], name, base: Base
-) -> Path:
-    """Write the tensors of new blocks, and what they belong to, to the new directory `out`."""
-    about = {
+def describe(
+    entries: list[TensorEntry], positions: list[int], sources: list[int], name, base: Base
+) -> dict:
+    """What new_blocks.json says of these tensors."""
+    return {
         "positions": positions,
         "sources": sources,
         "base": name,
@@ -156,6 +156,10 @@ def write_new_blocks(
         "dtype": DTYPE_NAMES[main_dtype(entries)],
         "digest": digest_of(entries),
     }
+
+
+def write_new_blocks(out, entries: list[TensorEntry], about: dict) -> Path:
+    """Write tensors of new blocks and their description to the new directory `out`."""
     with new_directory(out, needs=sum(entry.nbytes for entry in entries)) as directory:
         write_json(directory / ABOUT, about)
         write_safetensors(directory / WEIGHTS, entries)

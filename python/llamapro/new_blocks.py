@@ -7,6 +7,7 @@ then the stack is the base's, and so is what it computes, bit for bit and at the
 import copy
 import itertools
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from llamapro.new_block_files import (
     Base,
     NewBlocks,
     base_settings,
+    describe,
     open_new_blocks,
     write_new_blocks,
 )
@@ -85,10 +87,21 @@ def save_new_blocks(model: Llama, out) -> Path:
 
 
 def save(stack, out) -> Path:
-    """See `save_new_blocks`."""
+    """See `save_new_blocks`. Of a sharded model every rank calls it, and the first one writes."""
     layout, entries = stack.layout, new_block_entries(stack)
+    sharded = is_sharded(stack.model)
+    if sharded:
+        entries = entries_of({entry.name: entry.load().cpu() for entry in entries})
     name = layout["llama_pro"].get("base")
-    return write_new_blocks(out, entries, new_in(layout), sources(layout), name, base_of(stack))
+    about = describe(entries, new_in(layout), sources(layout), name, base_of(stack))
+    if sharded and torch.distributed.get_rank():
+        return Path(out)
+    return write_new_blocks(out, entries, about)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a rank has parts of tensors only."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def new_block_entries(stack) -> list[TensorEntry]:
@@ -107,19 +120,25 @@ def base_of(stack) -> Base:
 
 
 def _base(stack, blocks: list[torch.nn.Module], layout: dict) -> Base:
-    outside = {name: tensor.detach() for name, tensor in stack.outside().items()}
-    entries = [*entries_of(outside), *_entries(stack, dict(enumerate(blocks)))]
-    return Base(stack.settings(layout), entries)
+    entries = [_entry(name, tensor) for name, tensor in stack.outside().items()]
+    return Base(stack.settings(layout), [*entries, *_entries(stack, dict(enumerate(blocks)))])
 
 
 def _entries(stack, blocks: dict[int, torch.nn.Module]) -> list[TensorEntry]:
-    return entries_of(
-        {
-            f"{PREFIX}{i}.{name}": tensor.detach()
-            for i, block in blocks.items()
-            for name, tensor in stack.tensors(block).items()
-        }
-    )
+    return [
+        _entry(f"{PREFIX}{i}.{name}", tensor)
+        for i, block in blocks.items()
+        for name, tensor in stack.tensors(block).items()
+    ]
+
+
+def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
+    return TensorEntry(name, tensor.dtype, tuple(tensor.shape), partial(_whole, tensor.detach()))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, gathered from all ranks if it is a shard's."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def new_in(layout: dict) -> list[int]:

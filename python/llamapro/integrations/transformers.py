@@ -25,7 +25,7 @@ from llamapro.config import LlamaConfig
 from llamapro.expansion import is_per_layer
 from llamapro.model import Llama
 from llamapro.new_block_files import PREFIX, base_settings
-from llamapro.new_blocks import DEFAULT, LlamaStack, expanded_layout, new_in
+from llamapro.new_blocks import DEFAULT, LlamaStack, expanded_layout, is_sharded, new_in
 from llamapro.placement import place_blocks
 from llamapro.proof import difference, digests
 
@@ -200,10 +200,10 @@ class BlockExpansionCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._check(state.global_step)
-        if state.is_world_process_zero:
-            out = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "new_blocks"
-            if out.exists():  # of an earlier run, whose checkpoint was overwritten
-                shutil.rmtree(out)
+        out = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "new_blocks"
+        if state.is_world_process_zero and out.exists():
+            shutil.rmtree(out)  # of an earlier run, whose checkpoint was overwritten
+        if state.is_world_process_zero or is_sharded(self.stack.model):
             blocks_of.save(self.stack, out)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -231,7 +231,9 @@ def _trained(stack) -> tuple[int, list[int]]:
 
 
 def _frozen_digests(model: nn.Module) -> dict[str, str]:
-    return digests({n: p.detach() for n, p in model.named_parameters() if not p.requires_grad})
+    """Of what this rank has of each frozen parameter."""
+    frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    return digests({n: p.to_local() if hasattr(p, "to_local") else p for n, p in frozen.items()})
 
 
 def _stack(model) -> LlamaStack | DecoderStack:

@@ -42,7 +42,7 @@ def build(kind="llama", **changes):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**TINY, **ARCHITECTURES[kind], **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():  # zeros and ones are told from nothing
+    for name, parameter in model.named_parameters():  # so that none is 0 or 1 throughout
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     return model
@@ -234,6 +234,7 @@ def with_injected_adapters():
 def without_layers():
     model = build()
     model.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    model.empty = torch.nn.ModuleList()
     return model
 
 

@@ -272,7 +272,9 @@ def _find_layers(model: PreTrainedModel) -> str:
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and all(hasattr(m, "self_attn") for m in module)
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(hasattr(layer, "self_attn") for layer in module)
     ]
     if len(found) != 1 or len(model.get_submodule(found[0])) != count:
         raise ValueError(f"one stack of {count} decoder layers expected, got {found}")

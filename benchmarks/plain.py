@@ -31,7 +31,7 @@ def rotate(x, cos, sin):
 
 
 def rope(q, k, cos, sin):
-    cos, sin = (table[:, None].to(q.dtype) for table in (cos, sin))  # (T, 1, D)
+    cos, sin = (table[..., None, :].to(q.dtype) for table in (cos, sin))  # (..., T, 1, D)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 

@@ -15,8 +15,8 @@ void rotate(const T* x, const float* cos, const float* sin, float sign, int64_t 
   }
 }
 
-// x, out: (B, T, H, D), one tensor or two apart; cos, sin: contiguous (T, D) fp32. In out the
-// numbers of a head are neighbours.
+// x, out: (B, T, H, D), one tensor or two apart; cos, sin: contiguous (T, D) or (B, T, D), fp32. In
+// out the numbers of a head are neighbours.
 void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign, const Tensor& out) {
   STD_TORCH_CHECK(x.dim() == 4, "x (B, T, H, D) expected, got ", x.dim(), " dimensions");
   const int64_t length = x.size(1), heads = x.size(2), dim = x.size(3);
@@ -36,11 +36,12 @@ void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, double sign, co
         const int64_t time = token % length;
         const T* from = all + token / length * stride[0] + time * stride[1];
         T* to = rotated + token / length * out_stride[0] + time * out_stride[1];
+        const int64_t angles = (cos.dim() == 3 ? token : time) * dim;
         for (int64_t head = 0; head < heads; ++head) {
           const T* row = neighbours(from + head * stride[2], dim, stride[3], scratch);
-          const float* c = cosines + time * dim;
           T* target = to + head * out_stride[2];
-          rotate(row, c, sines + time * dim, static_cast<float>(sign), dim / 2, target);
+          rotate(
+              row, cosines + angles, sines + angles, static_cast<float>(sign), dim / 2, target);
         }
       }
     });

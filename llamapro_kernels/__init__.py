@@ -1,7 +1,8 @@
 """Fused Llama ops that do no work for frozen weights. One file per op; start with its docstring."""
 
 from llamapro_kernels.attention import flash_attention
-from llamapro_kernels.block import BlockWeights, decoder_block
+from llamapro_kernels.block import decoder_block
+from llamapro_kernels.block_weights import BlockWeights
 from llamapro_kernels.library import backends, use_backend
 from llamapro_kernels.linear_cross_entropy import linear_cross_entropy
 from llamapro_kernels.linear_swiglu import linear_swiglu

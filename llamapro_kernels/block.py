@@ -2,7 +2,8 @@
 
     h = x + o_proj(attention(rope(qkv(norm(x)))))        y = h + down_proj(swiglu(gate_up(norm(h))))
 
-x and y are (B, T, N). The node runs the ops of this package and the library's matrix products, in
+x and y are (B, T, N). q and k may be normed, each head by itself, before they are rotated. The node
+runs the ops of this package and the library's matrix products, in
 the order in which their composition would; q, k and v stay where the projection put them, and so
 do their gradients. Its backward goes down from y and stops below the last tensor that wants a
 gradient; a frozen block computes input gradients alone. `recompute` says what backward computes a
@@ -13,8 +14,8 @@ dimension D, MLP width I):
     "mlp"      2 N + (2 H + 2 Hkv) D          recomputes gate_up: 4 N I FLOPs
     "block"    N                              recomputes everything but the last product
 
-Norms and SwiGLU are always recomputed where a weight's gradient needs their result: that costs less
-than saving it.
+Norms and SwiGLU are always recomputed where a gradient needs their result, the norms of heads with
+the rotation after them: that costs less than saving it.
 
 Source: Touvron et al. 2023, "LLaMA"; an identity block (Wu et al. 2024, "LLaMA Pro") is one whose
 o_proj and down_proj are zero.
@@ -33,30 +34,28 @@ from llamapro_kernels.attention import (
     check_operands,
     check_window,
 )
+from llamapro_kernels.block_weights import (
+    BlockWeights,
+    as_flat_as,
+    check_dtypes,
+    check_shapes,
+    flat_and_counts,
+    named,
+    unflat,
+)
 from llamapro_kernels.matmul import linear, matmul
-from llamapro_kernels.rope import check_constant
+from llamapro_kernels.projection import (
+    bias_gradient,
+    input_gradient,
+    project,
+    rows,
+    weight_gradient,
+)
+from llamapro_kernels.rope import check_constant, check_tables
 
 Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 RECOMPUTE = ("none", "mlp", "block")
 ops = torch.ops.llamapro
-
-
-class BlockWeights(NamedTuple):
-    """The tensors of one block; N is the width, D the head dimension, I the MLP's width."""
-
-    attention_norm: torch.Tensor  # (N,)
-    qkv: torch.Tensor  # ((H + 2 Hkv) D, N): queries, then keys, then values
-    o_proj: torch.Tensor  # (N, H D)
-    mlp_norm: torch.Tensor  # (N,)
-    gate_up: torch.Tensor  # (2I, N): gate, then up
-    down_proj: torch.Tensor  # (N, I)
-    qkv_bias: torch.Tensor | None = None
-    o_proj_bias: torch.Tensor | None = None
-    gate_up_bias: torch.Tensor | None = None
-    down_proj_bias: torch.Tensor | None = None
-
-
-REQUIRED = BlockWeights._fields[:6]
 
 
 class Settings(NamedTuple):
@@ -75,8 +74,8 @@ class SavedActivations(NamedTuple):
 
     x: torch.Tensor | None = None
     x_rstd: torch.Tensor | None = None
-    q: torch.Tensor | None = None
-    k: torch.Tensor | None = None
+    q: torch.Tensor | None = None  # rotated, but where heads have norms: there as projected
+    k: torch.Tensor | None = None  # likewise
     v: torch.Tensor | None = None
     o: torch.Tensor | None = None
     stats: torch.Tensor | None = None
@@ -88,12 +87,14 @@ class SavedActivations(NamedTuple):
 class NeededGrads:
     """Which gradients are needed, and what backward therefore has to compute on its way down."""
 
-    def __init__(self, x: bool, weights: list[bool]):
-        self.x, self.weights = x, BlockWeights(*weights)
-        w = self.weights
+    def __init__(self, x: bool, pieces: BlockWeights):
+        self.x, self.pieces = x, pieces
+        w = BlockWeights(*(any(p) if isinstance(p, tuple) else p for p in pieces))
+        self.weights = w
         self.normed_x = x or w.attention_norm
         self.qkv = self.normed_x or w.qkv or w.qkv_bias
-        self.h = self.qkv or w.o_proj or w.o_proj_bias
+        self.attention = self.qkv or w.q_norm or w.k_norm
+        self.h = self.attention or w.o_proj or w.o_proj_bias
         self.normed_h = self.h or w.mlp_norm
         self.gate_up = self.normed_h or w.gate_up or w.gate_up_bias
 
@@ -105,8 +106,8 @@ class NeededGrads:
         reads = {
             "x": self.normed_x or w.qkv,
             "x_rstd": self.normed_x,
-            **dict.fromkeys(("q", "k", "v", "stats"), self.qkv),
-            "o": self.qkv or w.o_proj,
+            **dict.fromkeys(("q", "k", "v", "stats"), self.attention),
+            "o": self.attention or w.o_proj,
             "h": self.normed_h or w.gate_up or recompute == "mlp",
             "h_rstd": self.normed_h,
             "gate_up": recompute == "none" and (self.gate_up or w.down_proj),
@@ -120,28 +121,50 @@ def _attention_half(x, w, settings, cache=None):
     batch, length, _ = x.shape
     dim = settings.cos.shape[-1]
     heads = w.o_proj.shape[1] // dim
-    kv_heads = (w.qkv.shape[0] // dim - heads) // 2
+    kv_heads = (rows(w.qkv) // dim - heads) // 2
     normed, rstd = ops.rms_norm(x, w.attention_norm, settings.eps)  # (B, T, N), (B, T, 1)
     # A product of matrices: the version of its result counts what is done to views of it.
-    qkv = linear(normed.flatten(0, 1), w.qkv, w.qkv_bias)  # (B T, (H + 2 Hkv) D)
+    qkv = project(normed.flatten(0, 1), w.qkv, w.qkv_bias)  # (B T, (H + 2 Hkv) D)
     qkv = qkv.view(batch, length, heads + 2 * kv_heads, dim)
-    ops.rope_inplace(qkv[:, :, : heads + kv_heads], settings.cos, settings.sin, False)
+    if w.q_norm is None:
+        ops.rope_inplace(qkv[:, :, : heads + kv_heads], settings.cos, settings.sin, False)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)  # q (B, T, H, D), k and v (B, T, Hkv, D)
+    rotated, keys, values = (
+        _rotated(q, w.q_norm, settings)[0],
+        _rotated(k, w.k_norm, settings)[0],
+        v,
+    )
     if cache is not None:
-        k, v = cache(k, v)  # (B, S, Hkv, D)
-        check_operands(q, k, v)
-        check_causal(q, k)
+        keys, values = cache(keys, v)  # (B, S, Hkv, D)
+        check_operands(rotated, keys, values)
+        check_causal(rotated, keys)
     # o (B, T, H, D), stats (B, H, 2, T)
-    o, stats = ops.flash_attention(q, k, v, settings.cu_seqlens, True, dim**-0.5, settings.window)
+    o, stats = ops.flash_attention(
+        rotated, keys, values, settings.cu_seqlens, True, dim**-0.5, settings.window
+    )
     return SavedActivations(x, rstd, q, k, v, o, stats)
+
+
+def _rotated(heads, norm, settings):
+    """Heads as attention takes them, and the rstd of their norm, if they have one."""
+    if norm is None:
+        return heads, None  # they were rotated where they are
+    normed, rstd = ops.rms_norm(heads, norm, settings.eps)
+    ops.rope_inplace(normed, settings.cos, settings.sin, False)
+    return normed, rstd
 
 
 def _mlp_half(saved, w, settings):
     """Compute o to gate_up."""
     attended = linear(saved.o.flatten(2), w.o_proj, w.o_proj_bias)  # (B, T, H D) to (B, T, N)
     normed, h, rstd = ops.add_rms_norm(attended, saved.x, w.mlp_norm, settings.eps)
-    gate_up = linear(normed, w.gate_up, w.gate_up_bias)  # (B, T, 2 I)
-    return saved._replace(h=h, h_rstd=rstd, gate_up=gate_up)
+    return saved._replace(h=h, h_rstd=rstd, gate_up=_gate_up(normed, w))
+
+
+def _gate_up(normed, w):
+    """(B, T, N) to (B, T, 2 I)."""
+    gate_up = project(normed.flatten(0, 1), w.gate_up, w.gate_up_bias)
+    return gate_up.view(*normed.shape[:2], gate_up.shape[1])
 
 
 def _forward(x, w, settings, cache=None):
@@ -155,14 +178,14 @@ def _recompute(saved, w, settings):
         return _mlp_half(_attention_half(saved.x, w, settings), w, settings)
     if settings.recompute == "mlp":
         normed = _normed(saved.h, w.mlp_norm, settings)
-        return saved._replace(gate_up=linear(normed, w.gate_up, w.gate_up_bias))
+        return saved._replace(gate_up=_gate_up(normed, w))
     return saved
 
 
 def _backward(dy, saved, w, settings, needed):
     """Compute dx and the gradients of the weights, None where not needed."""
     grads = {}
-    _projection_gradients(grads, "down_proj", needed, dy, lambda: ops.swiglu(saved.gate_up))
+    _projection_gradients(grads, "down_proj", w, needed, dy, lambda: ops.swiglu(saved.gate_up))
     dh = _mlp_backward(dy, saved, w, settings, needed, grads) if needed.gate_up else None
     dx = _attention_backward(dh, saved, w, settings, needed, grads) if needed.h else None
     return dx, [grads.get(name) for name in BlockWeights._fields]
@@ -171,41 +194,55 @@ def _backward(dy, saved, w, settings, needed):
 def _mlp_backward(dy, saved, w, settings, needed, grads):
     dgate_up = ops.swiglu_backward(matmul(dy, w.down_proj), saved.gate_up)  # (B, T, 2 I)
     normed = partial(_normed, saved.h, w.mlp_norm, settings)
-    _projection_gradients(grads, "gate_up", needed, dgate_up, normed)
+    _projection_gradients(grads, "gate_up", w, needed, dgate_up, normed)
     if not needed.normed_h:
         return None
     dh, grads["mlp_norm"] = _norm_backward(
-        matmul(dgate_up, w.gate_up), dy, saved.h, w.mlp_norm, saved.h_rstd, needed.h,
+        input_gradient(dgate_up, w.gate_up), dy, saved.h, w.mlp_norm, saved.h_rstd, needed.h,
         needed.weights.mlp_norm,
     )  # fmt: skip
     return dh
 
 
 def _attention_backward(dh, saved, w, settings, needed, grads):
-    _projection_gradients(grads, "o_proj", needed, dh, lambda: saved.o.flatten(2))
-    if not needed.qkv:
+    _projection_gradients(grads, "o_proj", w, needed, dh, lambda: saved.o.flatten(2))
+    if not needed.attention:
         return None
     do = matmul(dh, w.o_proj).view(saved.o.shape)  # (B, T, H D) as (B, T, H, D)
-    dqkv = _qkv_backward(do, saved, settings)  # (B, T, (H + 2 Hkv) D)
+    dqkv = _qkv_backward(do, saved, w, settings, needed, grads)  # (B, T, (H + 2 Hkv) D)
     normed = partial(_normed, saved.x, w.attention_norm, settings)
-    _projection_gradients(grads, "qkv", needed, dqkv, normed)
+    _projection_gradients(grads, "qkv", w, needed, dqkv, normed)
     if not needed.normed_x:
         return None
     dx, grads["attention_norm"] = _norm_backward(
-        matmul(dqkv, w.qkv), dh, saved.x, w.attention_norm, saved.x_rstd, needed.x,
+        input_gradient(dqkv, w.qkv), dh, saved.x, w.attention_norm, saved.x_rstd, needed.x,
         needed.weights.attention_norm,
     )  # fmt: skip
     return dx
 
 
-def _qkv_backward(do, saved, settings):
+def _qkv_backward(do, saved, w, settings, needed, grads):
+    q, q_rstd = _rotated(saved.q, w.q_norm, settings)
+    k, k_rstd = _rotated(saved.k, w.k_norm, settings)
     dqkv = ops.flash_attention_backward_packed(
-        *(do, saved.q, saved.k, saved.v, saved.o, saved.stats, settings.cu_seqlens),
-        *(True, saved.q.shape[-1] ** -0.5, settings.window),
+        *(do, q, k, saved.v, saved.o, saved.stats, settings.cu_seqlens),
+        *(True, q.shape[-1] ** -0.5, settings.window),
     )  # (B, T, H + 2 Hkv, D)
-    rotated = saved.q.shape[2] + saved.k.shape[2]
-    ops.rope_inplace(dqkv[:, :, :rotated], settings.cos, settings.sin, True)
+    heads, kv_heads = q.shape[2], k.shape[2]
+    ops.rope_inplace(dqkv[:, :, : heads + kv_heads], settings.cos, settings.sin, True)
+    if w.q_norm is not None:
+        dq, dk, _ = dqkv.split((heads, kv_heads, kv_heads), 2)
+        _head_norm_backward(grads, "q_norm", dq, saved.q, w.q_norm, q_rstd, needed)
+        _head_norm_backward(grads, "k_norm", dk, saved.k, w.k_norm, k_rstd, needed)
     return dqkv.flatten(2)
+
+
+def _head_norm_backward(grads, name, dheads, heads, weight, rstd, needed):
+    """Add to grads that of the weight; dheads becomes the gradient of what was normed."""
+    want_weight = getattr(needed.weights, name)
+    dx, grads[name] = _norm_backward(dheads, None, heads, weight, rstd, needed.qkv, want_weight)
+    if needed.qkv:
+        dheads.copy_(dx)
 
 
 def _norm_backward(dnormed, dsum, x, weight, rstd, want_x, want_weight):
@@ -225,29 +262,30 @@ def _normed(x, weight, settings):
     return ops.rms_norm(x, weight, settings.eps)[0]
 
 
-def _projection_gradients(grads, name, needed, dy, x):
+def _projection_gradients(grads, name, w, needed, dy, x):
     """Add to grads those of the weight and the bias of y = projection(x()).
 
     x is computed where it is needed.
     """
+    bias = f"{name}_bias"
+    dy = dy.flatten(0, 1)  # (B T, out)
     if getattr(needed.weights, name):
-        grads[name] = matmul(dy.flatten(0, 1).T, x().flatten(0, 1))  # (out, B T) (B T, in)
-    if getattr(needed.weights, f"{name}_bias"):
-        grads[f"{name}_bias"] = dy.sum((0, 1))
+        wanted = getattr(needed.pieces, name)
+        grads[name] = weight_gradient(dy, x().flatten(0, 1), getattr(w, name), wanted)
+    if getattr(needed.weights, bias):
+        grads[bias] = bias_gradient(dy, getattr(w, bias), getattr(needed.pieces, bias))
 
 
 class _Block(torch.autograd.Function):
-    """Weights come last: there are as many as `BlockWeights` has fields."""
+    """Weights come last, as `flat_and_counts` lays them out."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, cu_seqlens, eps, window, recompute, *weights):
+    def forward(ctx, x, cos, sin, cu_seqlens, eps, window, recompute, counts, *weights):
         settings = Settings(cos, sin, cu_seqlens, eps, window, recompute)
-        w = BlockWeights(*weights)
-        y, saved = _forward(x, w, settings)
-        needed = NeededGrads(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(weights) :])
-        saved = needed.inputs_of_backward(saved, recompute)
+        y, saved = _forward(x, unflat(weights, counts), settings)
+        ctx.counts, ctx.options = counts, (eps, window, recompute)
+        saved = _needed_grads(ctx).inputs_of_backward(saved, recompute)
         ctx.save_for_backward(*saved, cos, sin, cu_seqlens, *weights)
-        ctx.options = eps, window, recompute
         return y
 
     @staticmethod
@@ -256,12 +294,17 @@ class _Block(torch.autograd.Function):
             raise RuntimeError("decoder_block has no second derivative (create_graph=True)")
         tensors = ctx.saved_tensors  # once: each time unpacks all of them
         count = len(SavedActivations._fields)
-        saved, w = SavedActivations(*tensors[:count]), BlockWeights(*tensors[count + 3 :])
+        saved, w = SavedActivations(*tensors[:count]), unflat(tensors[count + 3 :], ctx.counts)
         settings = Settings(*tensors[count : count + 3], *ctx.options)
-        needed = NeededGrads(ctx.needs_input_grad[0], ctx.needs_input_grad[-len(w) :])
         with library.without_autocast(dy.device.type):  # forward has settled the dtypes
-            dx, dweights = _backward(dy, _recompute(saved, w, settings), w, settings, needed)
-        return dx, *(None,) * 6, *dweights
+            saved = _recompute(saved, w, settings)
+            dx, dweights = _backward(dy, saved, w, settings, _needed_grads(ctx))
+        return dx, *(None,) * 7, *as_flat_as(ctx.counts, dweights)
+
+
+def _needed_grads(ctx):
+    weights = ctx.needs_input_grad[8:]  # after x, the settings and the counts
+    return NeededGrads(ctx.needs_input_grad[0], unflat(weights, ctx.counts))
 
 
 def decoder_block(
@@ -278,78 +321,51 @@ def decoder_block(
 ) -> torch.Tensor:
     """One Llama block, causal: x (B, T, N) -> (B, T, N) in x's dtype.
 
-    cos, sin: (T, D) as `rope` takes them, which also gives the head dimension; the head counts
-    follow from the weights. The weights are of x's dtype; those of the norms may be of any.
-    `window` and `cu_seqlens` as in `flash_attention`. `recompute`: what backward computes a
+    cos, sin: (T, D) or (B, T, D) as `rope` takes them, which also gives the head dimension; the
+    head counts follow from the weights. The weights are of x's dtype; those of the norms may be of
+    any. `window` and `cu_seqlens` as in `flash_attention`. `recompute`: what backward computes a
     second time instead of reading it, "none", "mlp" or "block" (the module's docstring has the
     table); it changes memory and time, and no bit of the gradients.
     `cache` is called with this block's rotated keys and its values, (B, T, Hkv, D), and returns all
-    keys and values to attend to, (B, S, Hkv, D); there are no gradients through it. Under autocast
-    the block computes in autocast's dtype. Raises TypeError for dtypes, and ValueError for shapes
-    and options that do not fit. Source: Touvron et al. 2023.
+    keys and values to attend to, (B, S, Hkv, D), of which the last belong to these queries; with a
+    window, those that no query sees may be left out. There are no gradients through it.
+    Under autocast the block computes in autocast's dtype. Raises TypeError for dtypes, and
+    ValueError for shapes and options that do not fit. Source: Touvron et al. 2023.
     """
     _check(x, weights, cos, sin, eps, window, cu_seqlens, recompute)
     # float: a default that Dynamo makes a symbol (dynamic=True) cannot enter the next block's node.
     settings = Settings(cos, sin, cu_seqlens, float(eps), window, recompute)
-    computed, *weights = library.in_autocast(x, *weights)
-    weights = BlockWeights(*weights)
-    _check_dtypes(computed, weights)
+    flat, counts = flat_and_counts(weights)
+    computed, *flat = library.in_autocast(x, *flat)
+    check_dtypes(computed, unflat(flat, counts))
     with library.without_autocast(x.device.type):
-        return _run(computed, weights, settings, cache).to(x.dtype)
+        return _run(computed, flat, counts, settings, cache).to(x.dtype)
 
 
-def _run(x, weights, settings, cache):
-    tensors = (x, *(w for w in weights if w is not None))
+def _run(x, flat, counts, settings, cache):
+    tensors = (x, *(w for w in flat if w is not None))
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        return _forward(x, weights, settings, cache)[0]
+        return _forward(x, unflat(flat, counts), settings, cache)[0]
     if cache is not None:
         raise ValueError("there are no gradients through a cache: call under torch.no_grad()")
-    return _Block.apply(x, *settings, *weights)
+    return _Block.apply(x, *settings, counts, *flat)
 
 
-def _check(x, w, cos, sin, eps, window, cu_seqlens, recompute):
-    if not isinstance(w, BlockWeights):
-        raise TypeError(f"weights must be BlockWeights, got {type(w).__name__}")
-    given = {name: t for name, t in w._asdict().items() if t is not None or name in REQUIRED}
-    library.check_floating(x=x, cos=cos, sin=sin, **given)
+def _check(x, weights, cos, sin, eps, window, cu_seqlens, recompute):
+    if not isinstance(weights, BlockWeights):
+        raise TypeError(f"weights must be BlockWeights, got {type(weights).__name__}")
+    library.check_floating(x=x, cos=cos, sin=sin, **dict(named(weights)))
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
-    if x.dim() != 3 or cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[1]:
+    if x.dim() != 3 or cos.dim() < 1:
         raise ValueError(
-            f"x (B, T, N), cos and sin (T, D) expected,"
+            f"x (B, T, N), cos and sin (T, D) or (B, T, D) expected,"
             f" got {tuple(x.shape)}, {tuple(cos.shape)}, {tuple(sin.shape)}"
         )
+    check_tables(*x.shape[:2], cos.shape[-1], cos, sin)
     check_constant(cos, sin)
-    _check_shapes(x.shape[2], cos.shape[1], {name: tuple(t.shape) for name, t in given.items()})
+    check_shapes(x.shape[2], cos.shape[-1], weights)
     check_window(window)
     library.check_eps(eps)
     if cu_seqlens is not None:
         check_documents(x, x, cu_seqlens)
-
-
-def _check_shapes(width, dim, shapes):
-    rows, values = (*shapes["qkv"], 0)[0], (0, *shapes["o_proj"])[-1]
-    inner = (0, *shapes["down_proj"])[-1]
-    expected = {
-        **dict.fromkeys(("attention_norm", "mlp_norm", "o_proj_bias", "down_proj_bias"), (width,)),
-        **{"qkv": (rows, width), "qkv_bias": (rows,), "o_proj": (width, values)},
-        **{"gate_up": (2 * inner, width), "gate_up_bias": (2 * inner,)},
-        "down_proj": (width, inner),
-    }
-    for name, shape in shapes.items():
-        if expected[name] != shape:
-            raise ValueError(f"{name} must be {expected[name]} for N = {width}, got {shape}")
-    heads = values // max(1, dim)
-    kv_heads = (rows - values) // max(1, 2 * dim)
-    whole = values == heads * dim and rows == (heads + 2 * kv_heads) * dim and dim % 2 == 0
-    if not whole or kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"qkv ((H + 2 Hkv) D, N) and o_proj (N, H D), H a multiple of Hkv, expected for an even"
-            f" D = {dim}, that of cos and sin, got {shapes['qkv']} and {shapes['o_proj']}"
-        )
-
-
-def _check_dtypes(x, w):
-    for name, t in w._asdict().items():
-        if t is not None and not name.endswith("norm") and t.dtype != x.dtype:
-            raise TypeError(f"{name} must be of x's dtype, {x.dtype}, got {t.dtype}")

@@ -3,10 +3,11 @@
     y1 = x1 * cos - x2 * sin,  y2 = x2 * cos + x1 * sin    (x1, x2: first and second half of D)
     backward: the same rotation by the opposite angle, so dx = rope(dy) with sin negated
 
-q is (B, T, H, D), k (B, T, Hkv, D), cos and sin (T, D) with equal halves: each frequency stands
-twice. Any floating dtype, products in fp32 (fp64 for fp64). Saved for backward: cos and sin only.
-Bytes moved at least: read and write q and k once. `llamapro::rope_inplace` rotates heads where
-they are, for a caller that owns them: a decoder block, inside its packed projection.
+q is (B, T, H, D), k (B, T, Hkv, D), cos and sin (T, D), or (B, T, D) where rows have positions of
+their own, with equal halves: each frequency stands twice. Any floating dtype, products in fp32
+(fp64 for fp64). Saved for backward: cos and sin only. Bytes moved at least: q and k, in and out.
+`llamapro::rope_inplace` rotates heads where they are, for a caller that owns them: a decoder block,
+inside its packed projection.
 
 Source: Su et al. 2021, "RoFormer".
 """
@@ -25,14 +26,14 @@ def rope_reference(x, cos, sin):
     """Ground truth: q or k rotated, in its own dtype."""
     dtype = library.compute_dtype(x.dtype)
     x1, x2 = x.to(dtype).chunk(2, -1)
-    c, s = (t[:, None, : x.shape[-1] // 2].to(dtype) for t in (cos, sin))
+    c, s = (t[..., None, : x.shape[-1] // 2].to(dtype) for t in (cos, sin))
     return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), -1).to(x.dtype)
 
 
 @gpu.jit
 def rope_kernel(
     q, k, cos, sin, q_out, k_out, length, q_heads, k_heads, half, sign,
-    q_strides, k_strides, q_out_strides, k_out_strides, cos_time, cos_dim, sin_time, sin_dim,
+    q_strides, k_strides, q_out_strides, k_out_strides, cos_strides, sin_strides,
     WANT_Q: tl.constexpr, WANT_K: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token, HEADS at a time; sign is -1 for the opposite angle.
@@ -42,8 +43,10 @@ def rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     batch, time = token // length, token % length
     column = tl.arange(0, HALF).to(tl.int64)
-    c = tl.load(cos + time * cos_time + column * cos_dim, mask=column < half, other=0)
-    s = tl.load(sin + time * sin_time + column * sin_dim, mask=column < half, other=0)
+    cos += batch * cos_strides[0] + time * cos_strides[1]
+    sin += batch * sin_strides[0] + time * sin_strides[1]
+    c = tl.load(cos + column * cos_strides[2], mask=column < half, other=0)
+    s = tl.load(sin + column * sin_strides[2], mask=column < half, other=0)
     c, s = c.to(tl.float32), s.to(tl.float32) * sign
     if WANT_Q:
         q += batch * q_strides[0] + time * q_strides[1]
@@ -86,7 +89,7 @@ def _rotate_triton(q, k, cos, sin, sign, outputs):
         *(*heads, dim // 2, sign),
         *((0,) * 4 if x is None else x.stride() for x in (q, k)),
         *((0,) * 4 if x is None else out.stride() for x, out in zip((q, k), outputs, strict=True)),
-        *(*cos.stride(), *sin.stride()),
+        *(table.expand(batch, length, dim).stride() for table in (cos, sin)),
         WANT_Q=q is not None,
         WANT_K=k is not None,
         HEADS=tile,
@@ -111,9 +114,9 @@ def _rotate_cpp(q, k, cos, sin, sign, outputs):
 def _check_halves(cos, sin):
     """Of the last angles, which tell; on a CPU alone, since on a GPU looking would mean waiting."""
     for name, table in (("cos", cos), ("sin", sin)):
-        first, second = table[-1:].chunk(2, 1)
+        first, second = table[..., -1:, :].chunk(2, -1)
         if table.device.type == "cpu" and not torch.equal(first, second):
-            raise ValueError(f"{name} must be (T, D) with equal halves, got two that differ")
+            raise ValueError(f"{name} must have equal halves, got two that differ")
 
 
 # What the backends have in common. rotate(q, k, cos, sin, sign, outputs) skips a None.
@@ -158,12 +161,11 @@ def _check(q, k, cos, sin):
     batch, length, _, dim = x.shape
     if k is not None:
         library.expect((batch, length, k.shape[2], dim), x, k=k)
-    if dim % 2 or cos.dim() != 2:
-        raise ValueError(
-            f"an even D and tables (T, D) expected, got {dim} and cos {tuple(cos.shape)}"
-        )
-    library.expect((length, dim), x, cos.dtype, cos=cos)
-    library.expect((length, dim), x, sin.dtype, sin=sin)
+    if dim % 2:
+        raise ValueError(f"an even D expected, got {dim}")
+    check_tables(batch, length, dim, cos, sin)
+    library.expect(cos.shape, x, cos.dtype, cos=cos)
+    library.expect(cos.shape, x, sin.dtype, sin=sin)
 
 
 def _check_backward(dq, dk, cos, sin, want_q, want_k):
@@ -225,10 +227,10 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and k by the angles whose cosine and sine are given.
 
-    q: (B, T, H, D), k: (B, T, Hkv, D) of one floating dtype, cos, sin: (T, D) with equal halves, D
-    even, of any. Returns new tensors of the shapes and the dtype of q and k. cos and sin are
-    constants: asking for their gradient raises ValueError, as do sizes that do not match and, on a
-    CPU, halves that differ; TypeError for dtypes. Source: Su et al. 2021.
+    q: (B, T, H, D), k: (B, T, Hkv, D) of one floating dtype, cos, sin: (T, D) or (B, T, D) with
+    equal halves, D even, of any. Returns new tensors of the shapes and the dtype of q and k. cos
+    and sin are constants: asking for their gradient raises ValueError, as do sizes that do not
+    match and, on a CPU, halves that differ; TypeError for dtypes. Source: Su et al. 2021.
     """
     library.check_floating(q=q, k=k, cos=cos, sin=sin)
     if q.dtype != k.dtype:
@@ -237,13 +239,19 @@ def rope(
         raise ValueError(
             f"q (B, T, H, D) and k (B, T, Hkv, D) expected, got {tuple(q.shape)}, {tuple(k.shape)}"
         )
-    if q.shape[3] % 2 or cos.shape != (q.shape[1], q.shape[3]) or sin.shape != cos.shape:
-        raise ValueError(
-            f"cos and sin must be (T, D) = {(q.shape[1], q.shape[3])} with D even,"
-            f" got {tuple(cos.shape)} and {tuple(sin.shape)}"
-        )
+    check_tables(*q.shape[:2], q.shape[3], cos, sin)
     check_constant(cos, sin)
     return torch.ops.llamapro.rope(q, k, cos, sin)
+
+
+def check_tables(batch, length, dim, cos, sin):
+    """Raise ValueError for tables that are neither (T, D) nor (B, T, D)."""
+    shapes = (length, dim), (batch, length, dim)
+    if dim % 2 or cos.shape not in shapes or sin.shape != cos.shape:
+        raise ValueError(
+            f"cos and sin must be (T, D) = {shapes[0]} or (B, T, D) = {shapes[1]} with D even,"
+            f" got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
 
 
 def check_constant(cos, sin):

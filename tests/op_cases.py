@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -59,9 +60,9 @@ def rope_inputs(size):
     return {"q": rand(b, t, h, d), "k": rand(b, t, hkv, d)}
 
 
-def rope_constants(size):
-    _, t, _, _, d = heads(size)
-    angles = rand(t, d // 2)
+def rope_constants(size, batch=False):
+    b, t, _, _, d = heads(size)
+    angles = rand(*(b, t) if batch else (t,), d // 2)
     angles = torch.cat((angles, angles), -1)
     return {"cos": angles.cos(), "sin": angles.sin()}
 
@@ -144,6 +145,9 @@ CASES = {
         lambda x, residual, weight: plain.add_rms_norm(x, residual, weight, EPS),
     ),
     "rope": Case("rope", rope_inputs, lk.rope, plain.rope, rope_constants),
+    "rope_by_row": Case(
+        "rope", rope_inputs, lk.rope, plain.rope, partial(rope_constants, batch=True)
+    ),
     "swiglu": Case(
         "swiglu",
         lambda size: {"gate_up": 3 * rand(*rows(size)[:-1], 2 * rows(size)[-1])},

@@ -78,7 +78,15 @@ class DecoderStack:
             del self.model.config.llama_pro
 
     def copy(self, block: nn.Module) -> nn.Module:
-        """All but the configuration: where it is changed, that must reach the copy, too."""
+        """All but the configuration: where it is changed, that must reach the copy, too.
+
+        Raises ValueError while the kernels are applied, whose `revert` would not know of the copy.
+        """
+        if "llamapro_applied" in vars(self.model):
+            raise ValueError(
+                "a model without llamapro_kernels' apply expected where blocks are added: revert"
+                " it, and apply afterwards"
+            )
         configs = [module.config for module in block.modules() if hasattr(module, "config")]
         return copy.deepcopy(block, {id(config): config for config in configs})
 

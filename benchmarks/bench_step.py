@@ -79,8 +79,11 @@ def their_loss(model, tokens, targets):
     return model(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
 
-def stepper(model, loss_of, batch, length):
-    """A function that takes one step on random tokens and returns the loss before it."""
+def stepper(model, loss_of, batch, length, backward=True):
+    """A function that takes one step on random tokens and returns the loss before it.
+
+    backward: False where `loss_of` has done that already.
+    """
     optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.95))
     torch.manual_seed(1)
     rows = torch.randint(SMOLLM2["vocab_size"], (batch, length + 1), device=DEVICE)
@@ -88,7 +91,8 @@ def stepper(model, loss_of, batch, length):
 
     def step():
         loss = loss_of(model, tokens, targets)
-        loss.backward()
+        if backward:
+            loss.backward()
         optimizer.clip_and_check(loss, 1)
         optimizer.step(1e-4)
         return (loss.detach(),)

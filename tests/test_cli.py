@@ -54,6 +54,18 @@ def test_expand(run, tiny_path, tmp_path, placement, positions):
     assert code is None and f"new blocks at {positions}" in out and "bit-equal" in out
 
 
+def test_merge(run, tiny_path, tmp_path):
+    from llamapro import Llama
+    from llamapro.expansion import expand
+    from llamapro.new_blocks import save_new_blocks
+
+    new = save_new_blocks(expand(Llama.from_pretrained(tiny_path), 2), tmp_path / "new")
+    code, out = run("merge", tiny_path, new, tmp_path / "o")
+    assert code is None and out == f"{tmp_path / 'o'}: {tiny_path} with new blocks at [2, 5]\n"
+    code, out = run("merge", tmp_path / "o", new, tmp_path / "p")
+    assert code.startswith(f"llamapro: {new}: a base of 4 blocks expected, got") and not out
+
+
 def test_an_option_given_twice_is_refused(run, tmp_path):
     code, _ = run("eval", tmp_path, tmp_path, "--seq-len", 16, "--seq-len=32")
     assert code == "llamapro: --seq-len once expected, got it 2 times"

@@ -21,10 +21,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llamapro import Llama, LlamaConfig
+from llamapro import expand as expand_in_memory
 from llamapro.data.tokens import TokenDataset, load_tokens
 from llamapro.expansion import expand_checkpoint
 from llamapro.hf import entries_of, write_model
 from llamapro.model import stock_tensors
+from llamapro.new_blocks import merge, save_new_blocks
 from llamapro.tokenizer import encode, load_tokenizer
 from llamapro.train import loop as train_module
 from llamapro.train import train
@@ -46,21 +48,35 @@ def load_model(directory, _):
     model(torch.tensor([[1, 2, 3]]))
 
 
-def expand(directory, out):
+@contextmanager
+def nothing_left_behind(out):
     try:
-        expand_checkpoint(directory, out, 1)
+        yield
     except BaseException:
         assert not out.exists() and not out.with_name(f".{out.name}.partial").exists()
         raise
+
+
+@contextmanager
+def whole_or_not_at_all(out):
+    with nothing_left_behind(out):
+        yield
     load_model(out, None)
 
 
-def expand_by_transformers(directory, out):
-    try:
+def expand(directory, out):
+    with whole_or_not_at_all(out):
         expand_checkpoint(directory, out, 1)
-    except BaseException:
-        assert not out.exists() and not out.with_name(f".{out.name}.partial").exists()
-        raise
+
+
+def expand_by_transformers(directory, out):
+    with nothing_left_behind(out):
+        expand_checkpoint(directory, out, 1)
+
+
+def join(directory, out):
+    with whole_or_not_at_all(out):
+        merge(SETTINGS["base"], directory, out)
 
 
 def use_tokenizer(directory, _):
@@ -75,7 +91,7 @@ def resume(directory, _):
     train(replace(SETTINGS["run"], out=str(directory)), resume=True)
 
 
-SETTINGS = {}  # of the run that is resumed
+SETTINGS = {}  # of the run that is resumed, and the base of the new blocks
 # By name: the files that are changed, what reads them, given the directory and a place to write
 # to, and how many changes are tried.
 TARGETS = {
@@ -90,6 +106,7 @@ TARGETS = {
         150,
     ),
     "decoder": (("config.json", "model.safetensors"), expand_by_transformers, 80),
+    "new blocks": (("new_blocks.json", "new_blocks.safetensors"), join, 300),
     "tokenizer": (("tokenizer.json",), use_tokenizer, 150),
     "data": (("meta.json", "train.bin"), read_rows, 150),
     "run": (
@@ -153,15 +170,25 @@ def run_directory(config, monkeypatch):
 
 
 @pytest.fixture
+def new_blocks_directory(model_directory, tmp_path):
+    SETTINGS["base"] = model_directory
+    model = expand_in_memory(Llama.from_pretrained(model_directory), 2)
+    return save_new_blocks(model, tmp_path / "new_blocks")
+
+
+@pytest.fixture
 def pristine(request, model_directory, token_data):
     """The directory that a target reads."""
 
     def directory(target):
         if target == "data":
             return token_data("pristine")
-        if target in ("run", "decoder"):
-            return request.getfixturevalue(f"{target}_directory")
-        return model_directory
+        own = {
+            "run": "run_directory",
+            "decoder": "decoder_directory",
+            "new blocks": "new_blocks_directory",
+        }
+        return request.getfixturevalue(own.get(target, "model_directory"))
 
     return directory
 

@@ -11,13 +11,14 @@ ANYWHERE = {"storage", "hardware", "markdown"}
 # Top to bottom. The packages below them follow the same rule among their own files.
 LAYERS = [
     *("architectures", "config", "placement", "model_files", "tokenizer", "hf", "generate"),
-    *("model", "proof", "decoder", "expansion"),
-    *("planner", "data", "eval", "train", "report", "cli", "__main__"),
+    *("model", "proof", "decoder", "expansion", "new_block_files", "new_blocks"),
+    *("planner", "data", "eval", "train", "report", "cli", "__main__", "integrations"),
 ]
 INSIDE = {
     "data": ["tokens", "prepare"],
     "eval": ["perplexity"],
     "train": ["config", "stopping", "optimizer", "progress", "metrics", "run", "loop"],
+    "integrations": ["transformers"],
 }
 # The kernels' package needs torch and, where there is one, Triton.
 NEEDED = {"torch", "triton", "llamapro_kernels"}

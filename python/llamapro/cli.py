@@ -1,4 +1,4 @@
-"""The command line: llamapro expand | prepare | train | eval | generate | plan | report."""
+"""The command line: llamapro expand | merge | prepare | train | eval | generate | plan | report."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ except ImportError:
 
 import torch
 
-from llamapro import expansion, planner
+from llamapro import expansion, new_blocks, planner
 from llamapro import report as report_module
 from llamapro.data import prepare as prepare_module
 from llamapro.data.tokens import TokenDataset, load_tokens
@@ -66,6 +66,22 @@ def expand(
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.strip("[] ").split(",")]
+
+
+def merge(
+    base: _positional(Path, "BASE"),
+    new_blocks_directory: _positional(Path, "NEW_BLOCKS"),
+    out: _positional(Path, "OUT"),
+) -> None:
+    """Join a base and new blocks that were saved alone: the whole expanded model.
+
+    Args:
+        base: The Hugging Face Llama directory that the new blocks were made for.
+        new_blocks_directory: The directory with new_blocks.safetensors and new_blocks.json.
+        out: The new directory that the expanded model is written to.
+    """
+    new_blocks.merge(base, new_blocks_directory, out)
+    print(f"{out}: {base} with new blocks at {read_config(out).new_blocks}")
 
 
 def prepare(
@@ -225,6 +241,7 @@ def _load(model: Path, dtype: str, device: str) -> Llama:
 
 COMMANDS = {
     "expand": expand,
+    "merge": merge,
     "prepare": prepare,
     "train": train,
     "eval": evaluate,

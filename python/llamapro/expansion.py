@@ -38,7 +38,7 @@ def expanded_config(
     earlier = set(config.new_blocks) if keep_new else set()
     new = [i for i, slot in enumerate(slots) if slot.new or slot.source in earlier]
     other = {
-        name: [value[slot.source] for slot in slots] if _per_layer(name, value, config) else value
+        name: [value[slot.source] for slot in slots] if is_per_layer(name, value, config) else value
         for name, value in config.other.items()
     }
     return replace(
@@ -49,7 +49,7 @@ def expanded_config(
     )
 
 
-def _per_layer(name: str, value, config: LlamaConfig) -> bool:
+def is_per_layer(name: str, value, config: LlamaConfig) -> bool:
     """By name too: a list of eos ids can have as many entries as there are blocks."""
     return isinstance(value, list) and "layer" in name and len(value) == config.num_hidden_layers
 

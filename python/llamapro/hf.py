@@ -210,7 +210,7 @@ def write_model(
     copied from `files_from`."""
     dtype = str(main_dtype(entries)).removeprefix("torch.")
     raw = {**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
-    write_json(directory / "config.json", raw)
+    write_json(directory / "config.json", dict(sorted(raw.items())))  # whatever it was read from
     for file in companions(Path(files_from)) if files_from else []:
         shutil.copyfile(file, directory / file.name)
     shards = _shards(entries, max_shard_bytes)

@@ -132,10 +132,11 @@ def fingerprint(model: Llama) -> dict[str, str]:
     """What must stay as it is: each setting that is computed with, and a digest of each frozen
     tensor, by name."""
     frozen = {n: t.detach() for n, t in stock_tensors(model).items() if not t.requires_grad}
-    return {**_settings(model.config), **digests(frozen)}
+    return {**settings(model.config), **digests(frozen)}
 
 
-def _settings(config: LlamaConfig) -> dict[str, str]:
+def settings(config: LlamaConfig) -> dict[str, str]:
+    """Each setting that is computed with, as JSON, by name."""
     used = {name: value for name, value in asdict(config).items() if name not in UNUSED}
     used["new_blocks"] = config.new_blocks
     if any(config.windows):

@@ -1,0 +1,1 @@
+"""Block expansion of other libraries' models."""

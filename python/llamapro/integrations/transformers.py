@@ -1,0 +1,315 @@
+"""Block expansion of decoders of transformers: expand, freeze, save the new blocks alone, Trainer.
+
+`config.llama_pro` says which blocks are new, in memory and in config.json; nothing is recognised
+by a pattern of names or by its values.
+"""
+
+import copy
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+try:
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        f"llamapro.integrations.transformers needs transformers, pip install transformers: {error}"
+    ) from error
+
+from llamapro import new_blocks as blocks_of
+from llamapro.config import LlamaConfig
+from llamapro.expansion import is_per_layer
+from llamapro.model import Llama
+from llamapro.new_block_files import PREFIX, base_settings
+from llamapro.new_blocks import DEFAULT, LlamaStack, expanded_layout, is_sharded, new_in
+from llamapro.placement import place_blocks
+from llamapro.proof import difference, digests
+
+# The last matrices of attention and MLP: what they give is all that a layer adds to its input.
+OUTPUT_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
+PRE_NORM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma")
+POST_NORM = ("olmo2", "gemma2", "gemma3_text")  # what they give is normalised, then added
+# Of a configuration, what no result depends on, besides the fields that every model has.
+UNUSED = {"max_position_embeddings", "initializer_range", "use_cache", "llama_pro"}
+UNUSED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+log = logging.getLogger("llamapro")
+
+
+class DecoderStack:
+    """What `llamapro.new_blocks` asks of a model, see `LlamaStack`.
+
+    Raises ValueError for a model that is not one of the served decoders.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        _check_served(model)
+        self.model, self.name = model, _find_layers(model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.name)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    @property
+    def layout(self) -> dict:
+        config = self.model.config
+        lists = {n: v for n, v in config.to_dict().items() if is_per_layer(n, v, config)}
+        llama_pro = getattr(config, "llama_pro", None)
+        return {"num_hidden_layers": config.num_hidden_layers, "llama_pro": llama_pro, **lists}
+
+    def put(self, blocks: list[nn.Module], layout: dict) -> None:
+        """Make these the model's layers, each with its own place in a cache."""
+        del self.layers[:]
+        self.layers.extend(blocks)
+        for i, block in enumerate(blocks):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = i
+        for name, value in layout.items():
+            setattr(self.model.config, name, value)
+        if layout["llama_pro"] is None:
+            del self.model.config.llama_pro
+
+    def copy(self, block: nn.Module) -> nn.Module:
+        """All but the configuration: where it is changed, that must reach the copy, too.
+
+        Raises ValueError while the kernels are applied, whose `revert` would not know of the copy.
+        """
+        if "llamapro_applied" in vars(self.model):
+            raise ValueError(
+                "a model without llamapro_kernels' apply expected where blocks are added: revert"
+                " it, and apply afterwards"
+            )
+        configs = [module.config for module in block.modules() if hasattr(module, "config")]
+        return copy.deepcopy(block, {id(config): config for config in configs})
+
+    def tensors(self, block: nn.Module) -> dict[str, torch.Tensor]:
+        return block.state_dict(keep_vars=True)
+
+    def outside(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            tied = any(tensor is other for other in found.values())
+            if not name.startswith(f"{self.name}.") and not tied:
+                found[name] = tensor
+        return found
+
+    def settings(self, layout: dict) -> dict[str, str]:
+        config = {**self.model.config.to_dict(), **layout, "llama_pro": None}
+        try:
+            return base_settings(LlamaConfig.from_dict(config))
+        except ValueError:  # another architecture: what differs from its defaults
+            usual, generic = type(self.model.config)().to_dict(), PreTrainedConfig().to_dict()
+            used = {n: v for n, v in config.items() if n not in UNUSED | generic.keys()}
+            used = {n: v for n, v in used.items() if v != usual.get(n)}
+            used["model_type"] = config["model_type"]
+            return {name: json.dumps(value, sort_keys=True) for name, value in used.items()}
+
+
+def expand(
+    model: PreTrainedModel, new_blocks: int | None = None, placement="interleaved"
+) -> PreTrainedModel:
+    """Add identity blocks to a decoder of transformers, in place, and return it.
+
+    new_blocks, placement: see `llamapro.placement.place_blocks`. The model computes exactly what
+    it did. Raises ValueError, with the model unchanged, for counts and positions that do not fit,
+    for another architecture, a quantized model, and one with adapters.
+    """
+    stack = DecoderStack(model)
+    blocks = stack.blocks
+    slots = place_blocks(len(blocks), new_blocks, placement)
+    for block in blocks:
+        _check_projections(block)
+    layout = expanded_layout(stack.layout, slots, _base_name(model.config))
+    placed = [_identity(stack, blocks[s.source]) if s.new else blocks[s.source] for s in slots]
+    stack.put(placed, layout)
+    if model.config.model_type in POST_NORM:
+        log.warning(
+            "%s normalises what a block adds, so the first gradients of a new block are some"
+            " hundred times as large as later ones: they rule a clip by the global norm",
+            model.config.model_type,
+        )
+    return model
+
+
+def train_new_blocks_only(model: PreTrainedModel) -> None:
+    """Freeze everything but the blocks that expansion added.
+
+    Raises ValueError when there are none.
+    """
+    stack = DecoderStack(model)
+    new = new_in(stack.layout)
+    if not new:
+        raise ValueError("no new block to train: expand the model first")
+    model.requires_grad_(False)
+    for i in new:
+        stack.blocks[i].requires_grad_(True)
+
+
+def new_block_patterns(config) -> list[str]:
+    """Regular expressions for trainers that freeze by name: the new blocks' parameters, no other.
+
+    config: that of the expanded model. They match a whole name, by any function of `re` and by
+    axolotl, which escapes every dot of a pattern that is not followed by a plus.
+    """
+    new = (getattr(config, "llama_pro", None) or {}).get("new_blocks", [])
+    return [f"^{PREFIX}{i}.".replace(".", "[.]") + ".+" for i in new]
+
+
+def save_new_blocks(model, out) -> Path:
+    """Write the new blocks of an expanded model, alone, to the new directory `out`.
+
+    See `llamapro.new_blocks.save_new_blocks`; takes our Llama, too.
+    """
+    return blocks_of.save(_stack(model), out)
+
+
+def load_new_blocks(model, path, name: str = DEFAULT) -> None:
+    """Put the new blocks of a directory into the model's stack, and keep them under this name.
+
+    See `llamapro.new_blocks.load_new_blocks`; takes our Llama, too.
+    """
+    blocks_of.load(_stack(model), path, name)
+
+
+def activate(model, name: str | None) -> None:
+    """Have the new blocks of this name in the stack, and no others; None: the base alone.
+
+    See `llamapro.new_blocks.activate`; takes our Llama, too.
+    """
+    blocks_of.switch(_stack(model), name)
+
+
+class BlockExpansionCallback(TrainerCallback):
+    """Keep a Trainer to what block expansion promises.
+
+    At the start it says which blocks train, and raises ValueError when anything else would. Each
+    checkpoint gets a folder new_blocks, see `save_new_blocks`. When a frozen bit has changed, at a
+    checkpoint or at the end, it raises RuntimeError.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.stack = _stack(model)
+        trained, new = _trained(self.stack)
+        if state.is_world_process_zero:
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            print(
+                f"training the new blocks {new} of {len(self.stack.blocks)}: {count / 1e6:.1f} M"
+                f" parameters in {trained} tensors; everything else is frozen"
+            )
+        self.frozen = _frozen_digests(model)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._check(state.global_step)
+        out = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "new_blocks"
+        if state.is_world_process_zero and out.exists():
+            shutil.rmtree(out)  # of an earlier run, whose checkpoint was overwritten
+        if state.is_world_process_zero or is_sharded(self.stack.model):
+            blocks_of.save(self.stack, out)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._check(state.global_step)
+
+    def _check(self, step: int) -> None:
+        changed = difference(self.frozen, _frozen_digests(self.stack.model))
+        if changed:
+            raise RuntimeError(f"step {step}: what is frozen changed: {changed}")
+
+
+def _trained(stack) -> tuple[int, list[int]]:
+    """How many tensors train, and the new blocks, which must be all that does."""
+    new = new_in(stack.layout)
+    inside = {id(p) for i in new for p in stack.blocks[i].parameters()}
+    trained = {name: p for name, p in stack.model.named_parameters() if p.requires_grad}
+    outside = [name for name, p in trained.items() if id(p) not in inside]
+    if outside or not trained:
+        got = f"{len(outside)} others, such as {outside[0]}" if outside else "none"
+        raise ValueError(
+            f"the new blocks alone are saved, so parameters of {new} alone are expected to train,"
+            f" got {got}: call train_new_blocks_only(model)"
+        )
+    return len(trained), new
+
+
+def _frozen_digests(model: nn.Module) -> dict[str, str]:
+    """Of what this rank has of each frozen parameter."""
+    frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    return digests({n: p.to_local() if hasattr(p, "to_local") else p for n, p in frozen.items()})
+
+
+def _stack(model) -> LlamaStack | DecoderStack:
+    """The stack of a model whose tensors have their stock names."""
+    if isinstance(model, Llama):
+        return LlamaStack(model)
+    stack = DecoderStack(model)
+    if f"{stack.name}." != PREFIX:
+        raise ValueError(
+            f"a whole language model expected, with its layers at {PREFIX}0, got a"
+            f" {type(model).__name__}, with {stack.name}.0"
+        )
+    return stack
+
+
+def _check_served(model) -> None:
+    """Raise ValueError unless this is a model that is understood, as transformers built it."""
+    kind = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"a model without adapters expected, got {kind}: expand first, then add them"
+            " (get_peft_model(expand(model, ...), config)), or merge_and_unload() before"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a model of transformers expected, got {kind}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"a model in floating point expected, got a quantized {kind}")
+    served = PRE_NORM + POST_NORM
+    if model.config.model_type not in served:
+        raise ValueError(f"model_type must be one of {served}, got {model.config.model_type!r}")
+
+
+def _find_layers(model: PreTrainedModel) -> str:
+    """The name of the one list of decoder layers."""
+    count = model.config.num_hidden_layers
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(hasattr(layer, "self_attn") for layer in module)
+    ]
+    if len(found) != 1 or len(model.get_submodule(found[0])) != count:
+        raise ValueError(f"one stack of {count} decoder layers expected, got {found}")
+    return found[0]
+
+
+def _check_projections(block: nn.Module) -> None:
+    for name in OUTPUT_PROJECTIONS:
+        projection = block.get_submodule(name)
+        if type(projection) is not nn.Linear:
+            kind = type(projection)
+            raise ValueError(
+                f"{name} must be torch.nn.Linear, got {kind.__module__}.{kind.__qualname__}: expand"
+                " before a model is quantized or gets adapters"
+            )
+
+
+@torch.no_grad()
+def _identity(stack: DecoderStack, block: nn.Module) -> nn.Module:
+    block = stack.copy(block)
+    for name in OUTPUT_PROJECTIONS:
+        for parameter in block.get_submodule(name).parameters():
+            parameter.zero_()
+    return block
+
+
+def _base_name(config: PreTrainedConfig) -> str | None:
+    """A Hub name as it is; of a directory its name, since a path is nobody else's business."""
+    name = config._name_or_path or None
+    return Path(name).resolve().name if name and Path(name).is_dir() else name

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -87,10 +86,24 @@ def test_sft_trainer(tmp_path, calls, layout):  # noqa: F811
     assert calls["decoder_block"] == STEPS * ACCUMULATED * LAYERS
 
 
+# accelerate shards on accelerators alone: on a CPU it is told to.
+SHARD_ON_CPU = """
+import accelerate
+from accelerate.utils import DistributedType
+
+class Sharding(accelerate.Accelerator):
+    def __init__(self, fsdp_plugin):
+        super().__init__(cpu=True, fsdp_plugin=fsdp_plugin)
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = fsdp_plugin
+
+accelerate.Accelerator = Sharding
+"""
 FSDP = """
-import json, os, sys
+import json, sys
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 from test_apply import model_of
 from test_trainers import STEPS, rows
 import llamapro_kernels as lk
@@ -102,7 +115,7 @@ lk.decoder_block = lambda *args, **options: blocks.append(1) or block(*args, **o
 plugin = FullyShardedDataParallelPlugin(
     fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_offload=False
 )
-accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+accelerator = Accelerator(fsdp_plugin=plugin)
 model = model_of("llama")
 model.requires_grad_(False)
 model.model.layers[1].requires_grad_(True)
@@ -110,6 +123,7 @@ if sys.argv[1] == "applied":
     lkt.apply(model)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 model, optimizer = accelerator.prepare(model, optimizer)
+assert all(isinstance(p, DTensor) for p in model.parameters())
 losses = []
 for ids in rows(2 * STEPS)[accelerator.process_index :: 2]:
     tokens = torch.tensor([ids])
@@ -127,7 +141,7 @@ torch.distributed.destroy_process_group()
 def test_accelerate_fsdp2(tmp_path):
     """Two processes, one of three blocks trained: sharded weights, in pieces."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(FSDP))
+    script.write_text(SHARD_ON_CPU + FSDP)
     tests = str(Path(__file__).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     environment |= {"ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": ""}

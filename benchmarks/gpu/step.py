@@ -82,7 +82,7 @@ def configuration(shape, new_blocks, placement):
     return expanded_config(base, place_blocks(base.num_hidden_layers, new_blocks, placement))
 
 
-def composition(x, w, cos, sin, *, eps, cu_seqlens=None, cache=None, recompute="none"):
+def composition(x, w, cos, sin, *, eps, recompute, **options):
     """`lk.decoder_block` as plain PyTorch, with SDPA."""
     dim = cos.shape[-1]
     heads = w.o_proj.shape[1] // dim

@@ -45,4 +45,4 @@ def test_trainers_step(compare, case, tmp_path):
         "our loop": our_step(**same),
     }
     ours = trainers_step(tmp_path, apply=True, **same)
-    compare(ours, peers, dtype=getattr(torch, dtype), rounds=5, roof=products.repeat)
+    compare(ours, peers, dtype=getattr(torch, dtype), rounds=3, roof=products.repeat)

@@ -7,6 +7,7 @@ SIDES = {  # of a step, as a reader knows them
     "ours": "this library",
     "composition": "our model in plain PyTorch, SDPA",
     "transformers": "transformers",
+    "transformers apply": "transformers after `apply`",
     "transformers checkpointing": "transformers, gradient checkpointing",
     "transformers Liger": "transformers, Liger",
     "transformers Liger checkpointing": "transformers, Liger, gradient checkpointing",

@@ -61,7 +61,7 @@ MODELS = [
 ]
 LIGER = ("transformers Liger checkpointing", "transformers Liger")
 SIDES = (
-    *("ours", "transformers checkpointing", "transformers"),
+    *("ours", "transformers apply", "transformers checkpointing", "transformers"),
     *(LIGER if importlib.util.find_spec("liger_kernel") else ()),
     "composition",
 )
@@ -118,6 +118,10 @@ def their_model(config, side, device):
             TheirConfig(**config.to_dict()), dtype=torch.bfloat16
         )
     model.train()
+    if "apply" in side:
+        from llamapro_kernels.integrations import transformers as lkt
+
+        assert lkt.apply(model)["block"] == "applied"
     if "checkpointing" in side:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -88,7 +88,7 @@ def integers(tensors):
         (drop_norm, r"missing: 'model\.layers\.1\.input_layernorm"),
         (add_stranger, r"unexpected: 'model\.layers\.0\.self_attn\.q_norm"),
         (transpose_up, r"up_proj.weight \(32, 48\), expected \(48, 32\)"),
-        (integers, r"model.norm.weight must be one of .* got I8"),
+        (integers, r"model.norm.weight. must be one of .* got I8"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tiny_path, change, message):

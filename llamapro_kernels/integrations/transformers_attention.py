@@ -84,7 +84,7 @@ def cu_seqlens_of(starts: torch.Tensor) -> torch.Tensor:
     return torch.cat((starts.nonzero()[:, 0].int(), end))
 
 
-def documents(mask, batch: int, length: int, kwargs: dict) -> torch.Tensor | None:
+def documents(mask, batch: int, kwargs: dict) -> torch.Tensor | None:
     """The documents of a batch: as the mask says, or as a trainer that packs rows says itself."""
     if mask is not None:
         return mask.flatten()
@@ -124,7 +124,7 @@ def attention(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=False
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    cu_seqlens = documents(attention_mask, batch, length, kwargs)
+    cu_seqlens = documents(attention_mask, batch, kwargs)
     if cu_seqlens is not None:
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
     o = lk.flash_attention(

@@ -65,7 +65,7 @@ def decoder_layer(original: type) -> type:
             return _stock_layer(self, hidden_states, *args, **kwargs)
         x, (cos, sin) = hidden_states, kwargs["position_embeddings"]
         batch, length, width = x.shape
-        cu_seqlens = documents(kwargs.get("attention_mask"), batch, length, kwargs)
+        cu_seqlens = documents(kwargs.get("attention_mask"), batch, kwargs)
         if cu_seqlens is not None:
             x = x.reshape(1, batch * length, width)
             cos, sin = (_by_token(t, batch) for t in (cos, sin))

@@ -47,7 +47,7 @@ def expand(
     """Add identity blocks to a model directory and prove that nothing changed.
 
     Args:
-        base: The Hugging Face Llama directory to expand.
+        base: The Hugging Face model directory to expand.
         out: The new directory that the expanded model is written to.
         new_blocks: How many blocks are added.
         placement: Where they go: interleaved, top_half, prefix, suffix, or positions in the
@@ -76,7 +76,7 @@ def merge(
     """Join a base and new blocks that were saved alone: the whole expanded model.
 
     Args:
-        base: The Hugging Face Llama directory that the new blocks were made for.
+        base: The Hugging Face model directory that the new blocks were made for.
         new_blocks_directory: The directory with new_blocks.safetensors and new_blocks.json.
         out: The new directory that the expanded model is written to.
     """
@@ -133,7 +133,7 @@ def evaluate(
     """Perplexity of a model on the held-out part of a data directory, as JSON.
 
     Args:
-        model: The Hugging Face Llama directory to evaluate.
+        model: The Hugging Face model directory to evaluate.
         data_directory: The data directory that `llamapro prepare` made.
         seq_len: How many tokens a row has; each row starts without context.
         max_tokens: How many tokens are evaluated, evenly spaced; all of them by default.
@@ -161,7 +161,7 @@ def generate(
     """Continue a text.
 
     Args:
-        model: The Hugging Face Llama directory to run.
+        model: The Hugging Face model directory to run.
         prompt: The text that is continued.
         max_new_tokens: How many tokens are added at most.
         temperature: How random the choice is; 0 takes the most probable token.
@@ -188,7 +188,7 @@ def plan(
     """What post-pre-training will cost, from the configuration alone, before a weight is loaded.
 
     Args:
-        base: The Hugging Face Llama directory, or a Hub name; only its config.json is read.
+        base: The Hugging Face model directory, or a Hub name; only its config.json is read.
         new_blocks: How many blocks are added.
         placement: Where they go; by default every placement is shown side by side.
         seq_len: How many tokens a row has.
@@ -224,7 +224,7 @@ def report(
     """Compare a base with the finished runs that started from it: report.md and report.png.
 
     Args:
-        base: The Hugging Face Llama directory that the runs started from.
+        base: The Hugging Face model directory that the runs started from.
         runs: The run directories of `llamapro train`.
         out: The new directory that the report is written to.
         max_tokens: How many tokens of each held-out set are measured.

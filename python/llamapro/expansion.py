@@ -109,9 +109,14 @@ def expand_checkpoint(
             prove_by_transformers(source, DecoderCheckpoint(directory))
         else:
             prove_identity(source, Checkpoint(directory), slots)
+    warn_of_post_norm(config)
+    return config.new_blocks
+
+
+def warn_of_post_norm(config) -> None:
+    """Say what norms after the output projections do to the first gradients of new blocks."""
     if ARCHITECTURES[config.model_type].post_norm:
         log.warning(POST_NORM, config.model_type, config.rms_norm_eps**-0.5)
-    return config.new_blocks
 
 
 def _expanded_entries(source: Checkpoint, slots: list[Slot]) -> list[TensorEntry]:

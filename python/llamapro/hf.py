@@ -7,6 +7,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorEntry] = {}
         self._open_file: tuple[Path, object] | None = None
         for file in self.files:
-            self._read_header(file)
+            self.tensors |= read_header(file, self._load)
         self._check_layout()
 
     def _read_config(self):
@@ -121,28 +122,6 @@ class Checkpoint:
         pickles = [file.name for kind in ("*.bin", "*.pt*") for file in self.path.glob(kind)]
         got = f"pickled weights {shown(pickles)}, which are refused" if pickles else "neither"
         raise CheckpointError(f"{self.path}: model.safetensors or its index expected, got {got}")
-
-    def _read_header(self, file: Path) -> None:
-        try:
-            with safe_open(file, "pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    piece = shard.get_slice(name)
-                    if piece.get_dtype() not in DTYPES:
-                        raise CheckpointError(
-                            f"{file}: {name} must be one of {sorted(DTYPES)},"
-                            f" got {piece.get_dtype()}"
-                        )
-                    self.tensors[name] = TensorEntry(
-                        name,
-                        DTYPES[piece.get_dtype()],
-                        tuple(piece.get_shape()),
-                        lambda name=name: self._load(file, name),
-                    )
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{file}: truncated or not safetensors, {file.stat().st_size} bytes:"
-                f" {one_line(error)}"
-            ) from None
 
     def _check_layout(self) -> None:
         layers = {match[1] for match in map(LAYER.fullmatch, self.tensors) if match}
@@ -189,6 +168,27 @@ class Checkpoint:
     def close(self) -> None:
         """Let go of the mapped file."""
         self._open_file = None
+
+
+def read_header(file: Path, load: Callable[[Path, str], torch.Tensor]) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file by name; `load` reads one when it is asked for."""
+    tensors = {}
+    try:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
+                piece = weights.get_slice(name)
+                if piece.get_dtype() not in DTYPES:
+                    raise CheckpointError(
+                        f"{file}: {shown(name)} must be one of {sorted(DTYPES)},"
+                        f" got {piece.get_dtype()}"
+                    )
+                dtype, shape = DTYPES[piece.get_dtype()], tuple(piece.get_shape())
+                tensors[name] = TensorEntry(name, dtype, shape, partial(load, file, name))
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file}: truncated or not safetensors, {file.stat().st_size} bytes: {one_line(error)}"
+        ) from None
+    return tensors
 
 
 @torch.no_grad()

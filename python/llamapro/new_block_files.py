@@ -17,18 +17,17 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from llamapro.config import LAYER, LlamaConfig
-from llamapro.hf import DTYPES, TensorEntry, main_dtype, write_safetensors
+from llamapro.hf import DTYPES, TensorEntry, main_dtype, read_header, write_safetensors
 from llamapro.model_files import CheckpointError, file_in
 from llamapro.placement import Slot, place_blocks
 from llamapro.proof import combined, digest, settings
-from llamapro.storage import new_directory, one_line, read_json, shown, write_json
+from llamapro.storage import new_directory, read_json, shown, write_json
 
 WEIGHTS, ABOUT = "new_blocks.safetensors", "new_blocks.json"
 PREFIX = "model.layers."
@@ -179,7 +178,7 @@ def open_new_blocks(path) -> NewBlocks:
         described = _checked(about)
     except ValueError as error:
         raise CheckpointError(f"{path / ABOUT}: {error}") from None
-    return NewBlocks(path=path, **described, tensors=_read_header(weights))
+    return NewBlocks(path=path, **described, tensors=read_header(weights, _load))
 
 
 def _checked(about: dict) -> dict:
@@ -211,24 +210,6 @@ def _whole(value, low: int, high: int) -> bool:
 def _are_whole(values, end: int) -> bool:
     fits = isinstance(values, list) and 0 < len(values) <= MOST_BLOCKS
     return fits and all(_whole(value, 0, end - 1) for value in values)
-
-
-def _read_header(file: Path) -> dict[str, TensorEntry]:
-    tensors = {}
-    try:
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (not a dict)
-                piece = weights.get_slice(name)
-                if piece.get_dtype() not in DTYPES:
-                    raise CheckpointError(
-                        f"{file}: {shown(name)} must be one of {sorted(DTYPES)},"
-                        f" got {piece.get_dtype()}"
-                    )
-                dtype, shape = DTYPES[piece.get_dtype()], tuple(piece.get_shape())
-                tensors[name] = TensorEntry(name, dtype, shape, partial(_load, file, name))
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: truncated or not safetensors: {one_line(error)}") from None
-    return tensors
 
 
 def _load(file: Path, name: str) -> torch.Tensor:

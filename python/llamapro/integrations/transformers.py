@@ -6,7 +6,6 @@ by a pattern of names or by its values.
 
 import copy
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -21,8 +20,9 @@ except ImportError as error:
     ) from error
 
 from llamapro import new_blocks as blocks_of
+from llamapro.architectures import ARCHITECTURES
 from llamapro.config import LlamaConfig
-from llamapro.expansion import is_per_layer
+from llamapro.expansion import is_per_layer, warn_of_post_norm
 from llamapro.model import Llama
 from llamapro.new_block_files import PREFIX, base_settings
 from llamapro.new_blocks import DEFAULT, LlamaStack, expanded_layout, is_sharded, new_in
@@ -31,12 +31,9 @@ from llamapro.proof import difference, digests
 
 # The last matrices of attention and MLP: what they give is all that a layer adds to its input.
 OUTPUT_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
-PRE_NORM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma")
-POST_NORM = ("olmo2", "gemma2", "gemma3_text")  # what they give is normalised, then added
 # Of a configuration, what no result depends on, besides the fields that every model has.
 UNUSED = {"max_position_embeddings", "initializer_range", "use_cache", "llama_pro"}
 UNUSED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
-log = logging.getLogger("llamapro")
 
 
 class DecoderStack:
@@ -130,12 +127,7 @@ def expand(
     layout = expanded_layout(stack.layout, slots, _base_name(model.config))
     placed = [_identity(stack, blocks[s.source]) if s.new else blocks[s.source] for s in slots]
     stack.put(placed, layout)
-    if model.config.model_type in POST_NORM:
-        log.warning(
-            "%s normalises what a block adds, so the first gradients of a new block are some"
-            " hundred times as large as later ones: they rule a clip by the global norm",
-            model.config.model_type,
-        )
+    warn_of_post_norm(model.config)
     return model
 
 
@@ -269,8 +261,8 @@ def _check_served(model) -> None:
         raise ValueError(f"a model of transformers expected, got {kind}")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"a model in floating point expected, got a quantized {kind}")
-    served = PRE_NORM + POST_NORM
-    if model.config.model_type not in served:
+    if model.config.model_type not in ARCHITECTURES:
+        served = tuple(ARCHITECTURES)
         raise ValueError(f"model_type must be one of {served}, got {model.config.model_type!r}")
 
 

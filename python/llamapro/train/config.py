@@ -18,7 +18,7 @@ class TrainConfig:
     """
 
     model: str
-    """The Hugging Face Llama directory to train: an expanded one, unless everything is trained."""
+    """The Hugging Face model directory to train: an expanded one, unless everything is trained."""
     data: str
     """The directory of tokens that `llamapro prepare` made."""
     out: str

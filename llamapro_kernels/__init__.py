@@ -3,6 +3,7 @@
 from llamapro_kernels.attention import flash_attention
 from llamapro_kernels.block import decoder_block
 from llamapro_kernels.block_weights import BlockWeights
+from llamapro_kernels.frozen import FrozenMatrix
 from llamapro_kernels.library import backends, use_backend
 from llamapro_kernels.linear_cross_entropy import linear_cross_entropy
 from llamapro_kernels.linear_swiglu import linear_swiglu
@@ -13,6 +14,7 @@ from llamapro_kernels.swiglu import swiglu
 __version__ = "0.1.0"
 __all__ = [
     "BlockWeights",
+    "FrozenMatrix",
     "add_rms_norm",
     "backends",
     "decoder_block",

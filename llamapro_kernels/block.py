@@ -14,8 +14,9 @@ dimension D, MLP width I):
     "mlp"      2 N + (2 H + 2 Hkv) D          recomputes gate_up: 4 N I FLOPs
     "block"    N                              recomputes everything but the last product
 
-Norms and SwiGLU are always recomputed where a gradient needs their result, the norms of heads with
-the rotation after them: that costs less than saving it.
+Where a frozen projection has 8 bits, what it reads, and what its input gradient reads, is written
+in 8 bits by what computes it. Norms and SwiGLU are always recomputed where a gradient needs their
+result, the norms of heads with the rotation after them: that costs less than saving it.
 
 Source: Touvron et al. 2023, "LLaMA"; an identity block (Wu et al. 2024, "LLaMA Pro") is one whose
 o_proj and down_proj are zero.
@@ -39,18 +40,23 @@ from llamapro_kernels.block_weights import (
     as_flat_as,
     check_dtypes,
     check_shapes,
-    flat_and_counts,
-    named,
+    flat_and_layout,
+    floats,
+    mapped,
     unflat,
 )
-from llamapro_kernels.matmul import linear, matmul
 from llamapro_kernels.projection import (
+    add_normed_for,
     bias_gradient,
+    in_rows,
     input_gradient,
+    normed_for,
     project,
     rows,
+    swiglu_for,
     weight_gradient,
 )
+from llamapro_kernels.quantize import QuantizedRows
 from llamapro_kernels.rope import check_constant, check_tables
 
 Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -122,9 +128,9 @@ def _attention_half(x, w, settings, cache=None):
     dim = settings.cos.shape[-1]
     heads = w.o_proj.shape[1] // dim
     kv_heads = (rows(w.qkv) // dim - heads) // 2
-    normed, rstd = ops.rms_norm(x, w.attention_norm, settings.eps)  # (B, T, N), (B, T, 1)
+    normed, rstd = normed_for(w.qkv, x, w.attention_norm, settings.eps)  # (B T, N), (B, T, 1)
     # A product of matrices: the version of its result counts what is done to views of it.
-    qkv = project(normed.flatten(0, 1), w.qkv, w.qkv_bias)  # (B T, (H + 2 Hkv) D)
+    qkv = project(normed, w.qkv, w.qkv_bias)  # (B T, (H + 2 Hkv) D)
     qkv = qkv.view(batch, length, heads + 2 * kv_heads, dim)
     if w.q_norm is None:
         ops.rope_inplace(qkv[:, :, : heads + kv_heads], settings.cos, settings.sin, False)
@@ -156,20 +162,22 @@ def _rotated(heads, norm, settings):
 
 def _mlp_half(saved, w, settings):
     """Compute o to gate_up."""
-    attended = linear(saved.o.flatten(2), w.o_proj, w.o_proj_bias)  # (B, T, H D) to (B, T, N)
-    normed, h, rstd = ops.add_rms_norm(attended, saved.x, w.mlp_norm, settings.eps)
-    return saved._replace(h=h, h_rstd=rstd, gate_up=_gate_up(normed, w))
+    attended = project(saved.o.flatten(2), w.o_proj, w.o_proj_bias)  # (B, T, H D) to (B, T, N)
+    normed, h, rstd = add_normed_for(w.gate_up, attended, saved.x, w.mlp_norm, settings.eps)
+    return saved._replace(h=h, h_rstd=rstd, gate_up=_gate_up(normed, w, h))
 
 
-def _gate_up(normed, w):
-    """(B, T, N) to (B, T, 2 I)."""
-    gate_up = project(normed.flatten(0, 1), w.gate_up, w.gate_up_bias)
-    return gate_up.view(*normed.shape[:2], gate_up.shape[1])
+def _gate_up(normed, w, h):
+    """(B T, N) to (B, T, 2 I)."""
+    gate_up = project(normed, w.gate_up, w.gate_up_bias)
+    return gate_up.view(*h.shape[:2], gate_up.shape[1])
 
 
 def _forward(x, w, settings, cache=None):
     saved = _mlp_half(_attention_half(x, w, settings, cache), w, settings)
-    return linear(ops.swiglu(saved.gate_up), w.down_proj, w.down_proj_bias, saved.h), saved
+    inner = swiglu_for(w.down_proj, saved.gate_up)  # (B T, I)
+    y = project(inner, w.down_proj, w.down_proj_bias, saved.h.flatten(0, 1))
+    return y.view(x.shape), saved
 
 
 def _recompute(saved, w, settings):
@@ -177,8 +185,8 @@ def _recompute(saved, w, settings):
     if settings.recompute == "block":
         return _mlp_half(_attention_half(saved.x, w, settings), w, settings)
     if settings.recompute == "mlp":
-        normed = _normed(saved.h, w.mlp_norm, settings)
-        return saved._replace(gate_up=_gate_up(normed, w))
+        normed, _ = normed_for(w.gate_up, saved.h, w.mlp_norm, settings.eps)
+        return saved._replace(gate_up=_gate_up(normed, w, saved.h))
     return saved
 
 
@@ -186,29 +194,45 @@ def _backward(dy, saved, w, settings, needed):
     """Compute dx and the gradients of the weights, None where not needed."""
     grads = {}
     _projection_gradients(grads, "down_proj", w, needed, dy, lambda: ops.swiglu(saved.gate_up))
-    dh = _mlp_backward(dy, saved, w, settings, needed, grads) if needed.gate_up else None
-    dx = _attention_backward(dh, saved, w, settings, needed, grads) if needed.h else None
+    dh = for_o_proj = dx = None
+    if needed.gate_up:
+        dh, for_o_proj = _mlp_backward(dy, saved, w, settings, needed, grads)
+    if needed.h:
+        dx = _attention_backward(dh, for_o_proj, saved, w, settings, needed, grads)
     return dx, [grads.get(name) for name in BlockWeights._fields]
 
 
 def _mlp_backward(dy, saved, w, settings, needed, grads):
-    dgate_up = ops.swiglu_backward(matmul(dy, w.down_proj), saved.gate_up)  # (B, T, 2 I)
-    normed = partial(_normed, saved.h, w.mlp_norm, settings)
-    _projection_gradients(grads, "gate_up", w, needed, dgate_up, normed)
+    """Compute dh, also as the product with o_proj reads it."""
+    dinner = input_gradient(dy, w.down_proj)  # (B, T, I)
+    frozen = in_rows(w.gate_up)
+    if frozen is not None and not needed.weights.gate_up_bias:
+        rows = ops.swiglu_backward_quantized(dinner, saved.gate_up, frozen.columns)
+        dgate_up = QuantizedRows.flat(*rows, dy.dtype)
+    else:
+        dgate_up = ops.swiglu_backward(dinner, saved.gate_up).flatten(0, 1)  # (B T, 2 I)
+        normed = partial(_normed, saved.h, w.mlp_norm, settings)
+        _projection_gradients(grads, "gate_up", w, needed, dgate_up, normed)
     if not needed.normed_h:
-        return None
+        return None, None
+    dnormed = input_gradient(dgate_up, w.gate_up).view(dy.shape)
+    frozen = in_rows(w.o_proj)
+    if needed.h and frozen is not None and not needed.weights.mlp_norm:
+        dh, *rows = ops.add_rms_norm_backward_quantized(
+            dnormed, dy, saved.h, w.mlp_norm, saved.h_rstd, frozen.columns
+        )
+        return dh, QuantizedRows.flat(*rows, dh.dtype)
     dh, grads["mlp_norm"] = _norm_backward(
-        input_gradient(dgate_up, w.gate_up), dy, saved.h, w.mlp_norm, saved.h_rstd, needed.h,
-        needed.weights.mlp_norm,
-    )  # fmt: skip
-    return dh
+        dnormed, dy, saved.h, w.mlp_norm, saved.h_rstd, needed.h, needed.weights.mlp_norm
+    )
+    return dh, dh
 
 
-def _attention_backward(dh, saved, w, settings, needed, grads):
+def _attention_backward(dh, for_o_proj, saved, w, settings, needed, grads):
     _projection_gradients(grads, "o_proj", w, needed, dh, lambda: saved.o.flatten(2))
     if not needed.attention:
         return None
-    do = matmul(dh, w.o_proj).view(saved.o.shape)  # (B, T, H D) as (B, T, H, D)
+    do = input_gradient(for_o_proj, w.o_proj).view(saved.o.shape)  # (B, T, H D) as (B, T, H, D)
     dqkv = _qkv_backward(do, saved, w, settings, needed, grads)  # (B, T, (H + 2 Hkv) D)
     normed = partial(_normed, saved.x, w.attention_norm, settings)
     _projection_gradients(grads, "qkv", w, needed, dqkv, normed)
@@ -268,7 +292,7 @@ def _projection_gradients(grads, name, w, needed, dy, x):
     x is computed where it is needed.
     """
     bias = f"{name}_bias"
-    dy = dy.flatten(0, 1)  # (B T, out)
+    dy = dy.flatten(0, -2)  # (B T, out)
     if getattr(needed.weights, name):
         wanted = getattr(needed.pieces, name)
         grads[name] = weight_gradient(dy, x().flatten(0, 1), getattr(w, name), wanted)
@@ -277,13 +301,13 @@ def _projection_gradients(grads, name, w, needed, dy, x):
 
 
 class _Block(torch.autograd.Function):
-    """Weights come last, as `flat_and_counts` lays them out."""
+    """Weights come last, as `flat_and_layout` lays them out."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, cu_seqlens, eps, window, recompute, counts, *weights):
+    def forward(ctx, x, cos, sin, cu_seqlens, eps, window, recompute, layout, *weights):
         settings = Settings(cos, sin, cu_seqlens, eps, window, recompute)
-        y, saved = _forward(x, unflat(weights, counts), settings)
-        ctx.counts, ctx.options = counts, (eps, window, recompute)
+        y, saved = _forward(x, unflat(weights, layout), settings)
+        ctx.layout, ctx.options = layout, (eps, window, recompute)
         saved = _needed_grads(ctx).inputs_of_backward(saved, recompute)
         ctx.save_for_backward(*saved, cos, sin, cu_seqlens, *weights)
         return y
@@ -294,17 +318,17 @@ class _Block(torch.autograd.Function):
             raise RuntimeError("decoder_block has no second derivative (create_graph=True)")
         tensors = ctx.saved_tensors  # once: each time unpacks all of them
         count = len(SavedActivations._fields)
-        saved, w = SavedActivations(*tensors[:count]), unflat(tensors[count + 3 :], ctx.counts)
+        saved, w = SavedActivations(*tensors[:count]), unflat(tensors[count + 3 :], ctx.layout)
         settings = Settings(*tensors[count : count + 3], *ctx.options)
         with library.without_autocast(dy.device.type):  # forward has settled the dtypes
             saved = _recompute(saved, w, settings)
             dx, dweights = _backward(dy, saved, w, settings, _needed_grads(ctx))
-        return dx, *(None,) * 7, *as_flat_as(ctx.counts, dweights)
+        return dx, *(None,) * 7, *as_flat_as(ctx.layout, dweights)
 
 
 def _needed_grads(ctx):
-    weights = ctx.needs_input_grad[8:]  # after x, the settings and the counts
-    return NeededGrads(ctx.needs_input_grad[0], unflat(weights, ctx.counts))
+    weights = ctx.needs_input_grad[8:]  # after x, the settings and the layout
+    return NeededGrads(ctx.needs_input_grad[0], unflat(weights, ctx.layout, lambda *wanted: False))
 
 
 def decoder_block(
@@ -335,26 +359,27 @@ def decoder_block(
     _check(x, weights, cos, sin, eps, window, cu_seqlens, recompute)
     # float: a default that Dynamo makes a symbol (dynamic=True) cannot enter the next block's node.
     settings = Settings(cos, sin, cu_seqlens, float(eps), window, recompute)
-    flat, counts = flat_and_counts(weights)
-    computed, *flat = library.in_autocast(x, *flat)
-    check_dtypes(computed, unflat(flat, counts))
+    (computed,) = library.in_autocast(x)
+    weights = mapped(lambda t: library.in_autocast(t)[0], weights)
+    check_dtypes(computed, weights)
     with library.without_autocast(x.device.type):
-        return _run(computed, flat, counts, settings, cache).to(x.dtype)
+        return _run(computed, weights, settings, cache).to(x.dtype)
 
 
-def _run(x, flat, counts, settings, cache):
+def _run(x, weights, settings, cache):
+    flat, layout = flat_and_layout(weights)
     tensors = (x, *(w for w in flat if w is not None))
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        return _forward(x, unflat(flat, counts), settings, cache)[0]
+        return _forward(x, weights, settings, cache)[0]
     if cache is not None:
         raise ValueError("there are no gradients through a cache: call under torch.no_grad()")
-    return _Block.apply(x, *settings, counts, *flat)
+    return _Block.apply(x, *settings, layout, *flat)
 
 
 def _check(x, weights, cos, sin, eps, window, cu_seqlens, recompute):
     if not isinstance(weights, BlockWeights):
         raise TypeError(f"weights must be BlockWeights, got {type(weights).__name__}")
-    library.check_floating(x=x, cos=cos, sin=sin, **dict(named(weights)))
+    library.check_floating(x=x, cos=cos, sin=sin, **floats(weights))
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
     if x.dim() != 3 or cos.dim() < 1:

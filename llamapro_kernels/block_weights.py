@@ -4,26 +4,29 @@ An autograd node takes and returns a flat list of tensors; a block's weights are
 them tuples of pieces.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
 
-from llamapro_kernels.projection import Weight
+from llamapro_kernels.frozen import FrozenMatrix
+from llamapro_kernels.projection import Matrix, Weight
 
 
 class BlockWeights(NamedTuple):
     """The tensors of one block; N is the width, D the head dimension, I the MLP's width.
 
     `qkv` and `gate_up`, and their biases, are one tensor or a tuple of its row pieces, such as
-    (q, k, v): pieces are never copied, and each gets its own gradient.
+    (q, k, v): pieces are never copied, and each gets its own gradient. Each matrix may be a
+    `FrozenMatrix`, whose gradient nobody wants.
     """
 
     attention_norm: torch.Tensor  # (N,)
     qkv: Weight  # ((H + 2 Hkv) D, N): queries, then keys, then values
-    o_proj: torch.Tensor  # (N, H D)
+    o_proj: Matrix  # (N, H D)
     mlp_norm: torch.Tensor  # (N,)
     gate_up: Weight  # (2I, N): gate, then up
-    down_proj: torch.Tensor  # (N, I)
+    down_proj: Matrix  # (N, I)
     qkv_bias: Weight | None = None
     o_proj_bias: torch.Tensor | None = None
     gate_up_bias: Weight | None = None
@@ -33,28 +36,55 @@ class BlockWeights(NamedTuple):
 
 
 REQUIRED = BlockWeights._fields[:6]
+PARTS = len(dataclasses.fields(FrozenMatrix))
 PIECES = ("qkv", "gate_up", "qkv_bias", "gate_up_bias")  # what may be a tuple
 
 
-def flat_and_counts(w: BlockWeights) -> tuple[list, tuple]:
-    """The tensors of all pieces side by side, and how many each field has, None for no tuple."""
-    counts = tuple(len(t) if isinstance(t, tuple) else None for t in w)
-    return [piece for t in w for piece in (t if isinstance(t, tuple) else (t,))], counts
+def flat_and_layout(w: BlockWeights) -> tuple[list, tuple]:
+    """The tensors of all pieces side by side; and of each field, or of each piece of a tuple,
+    whether it is a matrix in 8 bits."""
+    flat, layout = [], []
+    for t in w:
+        pieces = t if isinstance(t, tuple) else (t,)
+        frozen = tuple(isinstance(piece, FrozenMatrix) for piece in pieces)
+        for piece, in_8_bits in zip(pieces, frozen, strict=True):
+            flat += piece.tensors() if in_8_bits else [piece]
+        layout.append(frozen if isinstance(t, tuple) else frozen[0])
+    return flat, tuple(layout)
 
 
-def unflat(flat, counts) -> BlockWeights:
+def unflat(flat, layout, join=FrozenMatrix) -> BlockWeights:
+    """The fields again; join: what becomes of the tensors of a matrix in 8 bits."""
     flat = iter(flat)
+
+    def piece(frozen):
+        return join(*(next(flat) for _ in range(PARTS))) if frozen else next(flat)
+
     return BlockWeights(
-        *(next(flat) if n is None else tuple(next(flat) for _ in range(n)) for n in counts)
+        *(tuple(map(piece, f)) if isinstance(f, tuple) else piece(f) for f in layout)
     )
 
 
-def as_flat_as(counts, dweights):
-    """Gradients side by side, as many as there are weights; None for each piece of no gradient."""
+def as_flat_as(layout, dweights):
+    """Gradients side by side, as many as there are tensors; None for each of no gradient."""
     flat = []
-    for grad, n in zip(dweights, counts, strict=True):
-        flat += [grad] if n is None else [None] * n if grad is None else grad
+    for grad, field in zip(dweights, layout, strict=True):
+        frozen = field if isinstance(field, tuple) else (field,)
+        grads = grad if isinstance(field, tuple) and grad is not None else [grad] * len(frozen)
+        for piece, in_8_bits in zip(grads, frozen, strict=True):
+            flat += [None] * PARTS if in_8_bits else [piece]
     return flat
+
+
+def mapped(function, w: BlockWeights) -> BlockWeights:
+    """The same weights, each that is a tensor by `function`."""
+
+    def of(t):
+        if isinstance(t, tuple):
+            return tuple(map(of, t))
+        return function(t) if isinstance(t, torch.Tensor) else t
+
+    return BlockWeights(*map(of, w))
 
 
 def _is_given(name, t):
@@ -68,6 +98,11 @@ def named(w):
             yield from ((f"{name}[{i}]", piece) for i, piece in enumerate(t))
         elif _is_given(name, t):
             yield name, t
+
+
+def floats(w: BlockWeights) -> dict[str, torch.Tensor]:
+    """The floating tensors of all that is given, by name: of a matrix in 8 bits its scale."""
+    return {name: t.scale if isinstance(t, FrozenMatrix) else t for name, t in named(w)}
 
 
 def _shape(name, t):
@@ -122,5 +157,5 @@ def check_shapes(width, dim, w):
 def check_dtypes(x, w):
     """Raise TypeError for matrices and biases of another dtype than x."""
     for name, t in named(w):
-        if not name.endswith("norm") and t.dtype != x.dtype:
+        if not name.endswith("norm") and isinstance(t, torch.Tensor) and t.dtype != x.dtype:
             raise TypeError(f"{name} must be of x's dtype, {x.dtype}, got {t.dtype}")

@@ -64,6 +64,15 @@ def warps_for(elements: int, device: torch.device) -> int:
     return max(1, min(16, elements // (8 * lanes)))
 
 
+def row_tile(x: torch.Tensor, elements: int = 2048) -> dict[str, int]:
+    """Whole rows of x (M, K), several where they are shorter than so many elements."""
+    block = max(1, triton.next_power_of_2(x.shape[1]))
+    rows = max(1, elements // block)
+    most_warps = 8 if block <= 8192 else 16
+    warps = min(most_warps, warps_for(rows * block, x.device))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+
+
 def describable(matrix: torch.Tensor) -> bool:
     """Whether a tensor descriptor (TMA) can read it: rows apart, and at 16-byte boundaries."""
     row, column = matrix.stride()

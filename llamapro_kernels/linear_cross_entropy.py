@@ -22,9 +22,11 @@ from functools import partial
 
 import torch
 
-from llamapro_kernels import cpu, gpu, library
-from llamapro_kernels.gpu import tl, triton
+from llamapro_kernels import cpu, library
+from llamapro_kernels.cross_entropy_triton import gradient_triton, softmax_triton
+from llamapro_kernels.frozen import FrozenMatrix
 from llamapro_kernels.matmul import add_matmul, matmul, pieces
+from llamapro_kernels.quantize import E4M3
 
 CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
 # Each chunk reads the whole weight again (and adds to the whole of dweight): this many tokens, at
@@ -32,6 +34,7 @@ CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
 CHUNK_TOKENS, CHUNK_TOKENS_CPU = 2048, 512
 SCALED_ELEMENTS = 2**18  # of a gradient that are scaled at a time on a CPU: 1 MB in fp32
 REDUCTIONS = ("none", "mean", "sum")
+ops = torch.ops.llamapro
 
 
 def linear_cross_entropy_reference(
@@ -43,9 +46,9 @@ def linear_cross_entropy_reference(
     _check_targets(targets, ignore_index, weight.shape[0])
     losses, stats = x.new_empty(len(x), dtype=dtype), x.new_empty((2, len(x)), dtype=dtype)
     dx = x.new_empty(x.shape if want_x else 0)
-    dweight = weight.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
+    dweight = x.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
     for rows in pieces(len(x), _chunk_tokens(len(weight), x.device.type)):
-        logits = torch.nn.functional.linear(x[rows], weight).to(dtype)
+        logits = _plain_logits(x[rows], weight).to(dtype)
         target = targets[rows].where(valid[rows], 0)[:, None]
         score, peak = logits.gather(1, target)[:, 0], logits.amax(-1, keepdim=True)
         p = logits.sub_(peak).exp_()
@@ -55,10 +58,22 @@ def linear_cross_entropy_reference(
         if want_x or want_weight:
             dlogits = _dlogits(p.div_(total), target, valid[rows], 1.0).to(x.dtype)
             if want_x:
-                dx[rows] = dlogits @ weight
+                dx[rows] = _plain_dx(dlogits, weight)
             if want_weight:
                 dweight += dlogits.T @ x[rows]
     return losses if per_token else losses.sum(), stats, dx, dweight
+
+
+def _plain_logits(x, weight):
+    if isinstance(weight, FrozenMatrix):
+        return weight.linear(x)
+    return torch.nn.functional.linear(x, weight)
+
+
+def _plain_dx(dlogits, weight):
+    if isinstance(weight, FrozenMatrix):
+        return weight.input_gradient(dlogits)
+    return dlogits @ weight
 
 
 def linear_cross_entropy_backward_reference(dloss, x, weight, targets, stats, ignore_index):
@@ -93,50 +108,6 @@ def _check_targets(targets, ignore_index, vocabulary):
         )
 
 
-@gpu.jit
-def cross_entropy_kernel(
-    logits, targets, losses, peaks, log_totals, logits_row, vocabulary, ignore_index,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Loss and stats of one row of logits, by an online softmax."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * logits_row
-    peak, total = float("-inf"), 0.0
-    for start in range(0, vocabulary, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, tl.max(z, 0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
-        total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base), 0)
-        peak = higher
-    log_total = tl.log(total)
-    target = tl.load(targets + row)
-    known = (target >= 0) & (target < vocabulary)
-    score = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
-    tl.store(losses + row, tl.where(target == ignore_index, 0.0, peak - score + log_total))
-    tl.store(peaks + row, peak)
-    tl.store(log_totals + row, log_total)
-
-
-@gpu.jit
-def dlogits_kernel(
-    logits, targets, peaks, log_totals, dloss, logits_row, dloss_stride, vocabulary, ignore_index,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Logits become (softmax - onehot) in place, times dloss where there is one."""
-    blocks = tl.cdiv(vocabulary, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    logits += row * logits_row + column
-    z = tl.load(logits, mask=column < vocabulary, other=0).to(tl.float32)
-    target = tl.load(targets + row)
-    p = tl.exp(z - tl.load(peaks + row) - tl.load(log_totals + row))
-    dz = p - tl.where(column == target, 1.0, 0.0)
-    if dloss is not None:
-        dz *= tl.load(dloss + row * dloss_stride).to(tl.float32)
-    tl.store(logits, tl.where(target == ignore_index, 0.0, dz), mask=column < vocabulary)
-
-
 def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *, softmax):
     """softmax(logits, targets, ignore_index, losses, stats, want) makes logits their gradient."""
     _check_targets(targets, ignore_index, weight.shape[0])
@@ -147,7 +118,10 @@ def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *
         want = want_x or want_weight
         softmax(logits, targets[rows], ignore_index, losses[rows], stats[:, rows], want)
         if want_x:
-            matmul(logits, weight, out=dx[rows])
+            if isinstance(weight, FrozenMatrix):
+                dx[rows] = weight.input_gradient(logits)
+            else:
+                matmul(logits, weight, out=dx[rows])
         if want_weight:
             add_matmul(dweight, logits.T, x[rows])
     return losses if per_token else losses.sum(), stats, dx, dweight
@@ -176,40 +150,18 @@ def _chunk_tokens(vocabulary, device):
 
 def _logits_by_chunk(x, weight):
     """(rows, their logits), chunk by chunk in one buffer; its rows start where loads are widest."""
-    vocabulary = weight.shape[0]
+    vocabulary = len(weight)
     chunks = pieces(len(x), _chunk_tokens(vocabulary, x.device.type))
     length = min(len(x), chunks[0].stop) if chunks else 0
     buffer = x.new_empty((length, (vocabulary + 15) // 16 * 16))
     buffer[:, vocabulary:] = 0  # oneDNN on AMX multiplies what lies there too
     for rows in chunks:
         logits = buffer[: len(x[rows]), :vocabulary]
-        yield rows, matmul(x[rows], weight.T, out=logits)
-
-
-def _softmax_triton(logits, targets, ignore_index, losses, stats, want_gradient):
-    gpu.launch(
-        cross_entropy_kernel,
-        (len(logits),),
-        *(logits, targets, losses, *stats),
-        *(logits.stride(0), logits.shape[1], ignore_index),
-        BLOCK=min(4096, triton.next_power_of_2(logits.shape[1])),
-        num_warps=8,
-    )
-    if want_gradient:
-        _gradient_triton(logits, targets, ignore_index, stats, None)
-
-
-def _gradient_triton(logits, targets, ignore_index, stats, dloss):
-    vocabulary = logits.shape[1]
-    block = min(2048, triton.next_power_of_2(vocabulary))
-    gpu.launch(
-        dlogits_kernel,
-        (len(logits) * triton.cdiv(vocabulary, block),),
-        *(logits, targets, *stats, dloss, logits.stride(0)),
-        *(0 if dloss is None else dloss.stride(0), vocabulary, ignore_index),
-        BLOCK=block,
-        num_warps=4,
-    )
+        if isinstance(weight, FrozenMatrix):
+            logits.copy_(weight.linear(x[rows]))
+        else:
+            matmul(x[rows], weight.T, out=logits)
+        yield rows, logits
 
 
 def _softmax_cpp(logits, targets, ignore_index, losses, stats, want_gradient):
@@ -223,7 +175,7 @@ def _gradient_cpp(logits, targets, ignore_index, stats, dloss):
 
 def _fake(x, weight, targets, ignore_index, per_token, want_x, want_weight):
     stats = x.new_empty((2, x.shape[0]), dtype=library.compute_dtype(x.dtype))
-    dweight = weight.new_empty(weight.shape if want_weight else 0, dtype=stats.dtype)
+    dweight = stats.new_empty(weight.shape if want_weight else 0)
     loss = stats.new_empty(x.shape[:1] if per_token else ())
     return loss, stats, library.empty_if(want_x, x), dweight
 
@@ -236,6 +188,10 @@ def _flops(x, weight, targets, ignore_index, per_token, want_x, want_weight, *, 
     return 2 * x[0] * weight[0] * weight[1] * (1 + want_x + want_weight)
 
 
+def _flops_frozen(x, values, scale, transposed, *settings, out_shape=None):
+    return _flops(x, values, *settings, False)
+
+
 def _flops_backward(dloss, x, weight, targets, stats, ignore_index, *, out_shape=None):
     return 2 * x[0] * weight[0] * weight[1] * 2
 
@@ -246,6 +202,17 @@ def _check(x, weight, targets, ignore_index, *_):
             f"x (N, D) and weight (V, D) expected, got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     library.expect((weight.shape[0], x.shape[1]), x, weight=weight)
+    library.expect(x.shape[:1], x, torch.int64, targets=targets)
+
+
+def _check_frozen(x, values, scale, transposed, targets, ignore_index, *_):
+    if x.dim() != 2 or values.dim() != 2 or values.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"x (N, D) and values (V, D) expected, got {tuple(x.shape)} and {tuple(values.shape)}"
+        )
+    library.expect(values.shape, x, E4M3, values=values)
+    library.expect((len(values), 1), x, torch.float32, scale=scale)
+    library.expect(values.shape[::-1], x, E4M3, transposed=transposed)
     library.expect(x.shape[:1], x, torch.int64, targets=targets)
 
 
@@ -272,14 +239,51 @@ linear_cross_entropy_op.register(
 )
 linear_cross_entropy_op.register(
     "triton",
-    forward=partial(_forward, softmax=_softmax_triton),
-    backward=partial(_backward_weight, gradient=_gradient_triton),
+    forward=partial(_forward, softmax=softmax_triton),
+    backward=partial(_backward_weight, gradient=gradient_triton),
 )
 linear_cross_entropy_op.register(
     "cpp",
     forward=partial(_forward, softmax=_softmax_cpp),
     backward=partial(_backward_weight, gradient=_gradient_cpp),
 )
+
+
+def _over_frozen(forward):
+    """The forward of a head in 8 bits, whose gradient nobody wants, by its tensors."""
+
+    def call(x, values, scale, transposed, targets, ignore_index, per_token, want_x):
+        head = FrozenMatrix(values, scale, transposed)
+        return forward(x, head, targets, ignore_index, per_token, want_x, False)[:3]
+
+    return call
+
+
+frozen_op = library.define(
+    "linear_cross_entropy_frozen",
+    forward="(Tensor x, Tensor values, Tensor scale, Tensor? transposed, Tensor targets,"
+    " int ignore_index, bool per_token, bool want_x) -> (Tensor loss, Tensor stats, Tensor dx)",
+    fakes={"forward": _over_frozen(_fake)},
+    checks={"forward": _check_frozen},
+    flops={"forward": _flops_frozen},
+)
+frozen_op.register("reference", forward=_over_frozen(linear_cross_entropy_reference))
+frozen_op.register("triton", forward=_over_frozen(partial(_forward, softmax=softmax_triton)))
+frozen_op.register("cpp", forward=_over_frozen(partial(_forward, softmax=_softmax_cpp)))
+
+
+def _setup_context_frozen(ctx, inputs, output):
+    _, stats, dx = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats, dx)
+    ctx.save_for_backward(dx if inputs[-1] else None)
+
+
+def _backward_frozen(ctx, dloss, *_):
+    (dx,) = ctx.saved_tensors
+    if dloss is None or dx is None:
+        return (None,) * 8
+    return _scaled(dx, dloss.reshape(-1, 1), dx.dtype), *(None,) * 7
 
 
 def _setup_context(ctx, inputs, output):
@@ -302,7 +306,7 @@ def _backward(ctx, dloss, *_):
     if dweight is not None:
         dweight = _scaled(dweight, dloss.reshape(1, 1), ctx.dtypes[1])
     if ctx.late_weight:
-        dweight = torch.ops.llamapro.linear_cross_entropy_backward(dloss, *again, ctx.ignore_index)
+        dweight = ops.linear_cross_entropy_backward(dloss, *again, ctx.ignore_index)
     return dx, dweight, None, None, None, None, None
 
 
@@ -318,11 +322,12 @@ def _scaled(grad, dloss, dtype):
 
 
 linear_cross_entropy_op.autograd(_backward, setup_context=_setup_context)
+frozen_op.autograd(_backward_frozen, setup_context=_setup_context_frozen)
 
 
 def linear_cross_entropy(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | FrozenMatrix,
     targets: torch.Tensor,
     *,
     ignore_index: int = -100,
@@ -330,7 +335,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of the logits ``x @ weight.T`` against `targets`, without holding them.
 
-    x: (..., D) and weight: (V, D) of one floating dtype, targets: (...) int64 or int32. Returns
+    x: (..., D) and weight: (V, D) of one floating dtype, or the weight a `FrozenMatrix`, in 8 bits;
+    targets: (...) int64 or int32. Returns
     the fp32 loss: a scalar for "mean" (over valid targets) and "sum", (...) for "none". Targets
     equal to `ignore_index` do not count; when all are ignored the loss and gradients are 0. Under
     autocast the logits are computed in autocast's dtype.
@@ -338,18 +344,22 @@ def linear_cross_entropy(
     0..V-1; on a GPU, where looking would mean waiting, the loss of such a target is NaN.
     Source: Wijmans et al. 2024.
     """
-    library.check_floating(x=x, weight=weight)
-    x, weight = library.in_autocast(x, weight)
+    frozen = isinstance(weight, FrozenMatrix)
+    library.check_floating(x=x, weight=weight.scale if frozen else weight)
+    x, *others = library.in_autocast(x, *() if frozen else (weight,))
+    weight = weight if frozen else others[0]
     if not isinstance(targets, torch.Tensor):
         raise TypeError(f"targets must be an int64 or int32 tensor, got {type(targets).__name__}")
-    if x.dtype != weight.dtype or targets.dtype not in (torch.int64, torch.int32):
+    dtypes = x.dtype, x.dtype if frozen else weight.dtype, targets.dtype
+    if dtypes[0] != dtypes[1] or targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(
-            "x and weight must have one dtype and targets int64 or int32,"
-            f" got {x.dtype}, {weight.dtype}, {targets.dtype}"
+            "x and weight must have one dtype and targets int64 or int32, got {}, {}, {}".format(
+                *dtypes
+            )
         )
     if targets.device != x.device:
         raise ValueError(f"targets are on {targets.device}, x on {x.device}: one device expected")
-    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or targets.shape != x.shape[:-1]:
+    if len(weight.shape) != 2 or x.shape[-1:] != weight.shape[1:] or targets.shape != x.shape[:-1]:
         raise ValueError(
             "x (..., D), weight (V, D) and targets (...) expected,"
             f" got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}"
@@ -357,15 +367,13 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     recording, per_token = torch.is_grad_enabled(), reduction == "none"
-    loss = torch.ops.llamapro.linear_cross_entropy(
-        x.flatten(0, -2) if x.dim() > 1 else x[None],
-        weight,
-        targets.reshape(-1).long(),
-        ignore_index,
-        per_token,
-        recording and x.requires_grad,
-        recording and weight.requires_grad and not per_token,
-    )[0]
+    rows, want_x = library.as_rows(x), recording and x.requires_grad
+    settings = targets.reshape(-1).long(), ignore_index, per_token, want_x
+    if frozen:
+        loss = ops.linear_cross_entropy_frozen(rows, *weight.tensors(), *settings)[0]
+    else:
+        want_weight = recording and weight.requires_grad and not per_token
+        loss = ops.linear_cross_entropy(rows, weight, *settings, want_weight)[0]
     if per_token:
         return loss.reshape(targets.shape)
     return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from llamapro_kernels import gpu, library
+from llamapro_kernels.frozen import FrozenMatrix
 from llamapro_kernels.gpu import TensorDescriptor, tl, triton
 from llamapro_kernels.matmul import linear, matmul
 from llamapro_kernels.swiglu import swiglu_forward_cpp, swiglu_reference
@@ -167,12 +168,16 @@ def _flops_backward(dy, x, weight, want_x, want_weight, *, out_shape=None):
     return _flops(x, weight) * (1 + want_x + want_weight)
 
 
-def _check(x, weight):
-    fits = x.dim() > 0 and weight.dim() == 2 and weight.shape[1:] == x.shape[-1:]
+def _check_shapes(x, weight):
+    fits = x.dim() > 0 and len(weight.shape) == 2 and weight.shape[1:] == x.shape[-1:]
     if not fits or weight.shape[0] % 2:
         raise ValueError(
             f"x (..., N) and weight (2I, N) expected, got {tuple(x.shape)}, {tuple(weight.shape)}"
         )
+
+
+def _check(x, weight):
+    _check_shapes(x, weight)
     library.expect(weight.shape, x, weight=weight)
 
 
@@ -213,13 +218,36 @@ def _backward(ctx, dy):
 linear_swiglu_op.autograd(_backward, setup_context=_setup_context)
 
 
-def linear_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+class _OverFrozen(torch.autograd.Function):
+    """With a weight in 8 bits, whose product is not fused with the activation."""
+
+    @staticmethod
+    def forward(ctx, x, *tensors):
+        ctx.save_for_backward(x, *tensors)
+        with library.without_autocast(x.device.type):
+            return torch.ops.llamapro.swiglu(FrozenMatrix(*tensors).linear(x))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, *tensors = ctx.saved_tensors
+        weight = FrozenMatrix(*tensors)
+        with library.without_autocast(x.device.type):
+            dgate_up = torch.ops.llamapro.swiglu_backward(dy, weight.linear(x))
+            return weight.input_gradient(dgate_up), None, None, None
+
+
+def linear_swiglu(x: torch.Tensor, weight: torch.Tensor | FrozenMatrix) -> torch.Tensor:
     """swiglu(x @ weight.T), without keeping the product.
 
-    x: (..., N), weight: (2I, N) of one floating dtype, the gate's rows first; returns (..., I).
+    x: (..., N), weight: (2I, N) of one floating dtype, or a `FrozenMatrix`, in 8 bits, the gate's
+    rows first; returns (..., I).
     Under autocast it runs, and returns, in autocast's dtype. Raises TypeError for dtypes,
     ValueError for shapes that do not match. Source: Shazeer 2020.
     """
+    if isinstance(weight, FrozenMatrix):
+        library.check_floating(x=x, weight=weight.scale)
+        _check_shapes(x, weight)
+        return _OverFrozen.apply(*library.in_autocast(x), *weight.tensors())
     library.check_floating(x=x, weight=weight)
     x, weight = library.in_autocast(x, weight)
     if x.dtype != weight.dtype:

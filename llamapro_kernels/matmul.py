@@ -79,6 +79,18 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
             total[rows] += a[rows] @ b
 
 
+def scaled_matmul(rows, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """rows (M, K) times the transposed scale (N, 1) * values (N, K), both in e4m3, as (M, N).
+
+    In the dtype that the rows are for, but rounded to bf16: GPUs give no other. With the sums of
+    tensor cores kept in fewer bits than fp32 has: their error is lost in that of e4m3.
+    """
+    y = torch._scaled_mm(
+        rows.values, values.T, rows.scale, scale.T, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return y.to(rows.dtype)
+
+
 def _takes_onednn(a, b, bias=None):
     if not MKL_IS_SLOW or a.dtype != torch.float32 or not _fits(a, b, bias):
         return False

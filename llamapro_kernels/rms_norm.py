@@ -8,7 +8,8 @@ x is (..., N), weight (N,), rstd (..., 1); any floating dtype, sums in fp32 (fp6
 Saved for backward: x (the sum, for add_rms_norm), rstd, and weight; nothing when nothing wants a
 gradient. Bytes moved at least: forward read x, write y; backward read dy
 and x, write dx. add_rms_norm reads one tensor more and writes the sum; its backward adds the
-sum's own gradient in the same pass.
+sum's own gradient in the same pass. For a product in 8 bits (`frozen.py`), y is written as its rows
+alone, and dx besides as those of the next product; what is rounded is y, or dx, in x's dtype.
 
 Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 """
@@ -17,12 +18,16 @@ from __future__ import annotations
 
 import torch
 
-from llamapro_kernels import cpu, gpu, library
-from llamapro_kernels.gpu import tl, triton
-
-ONE_PASS_WIDTH = 16384  # a wider row does not fit in the registers of a program
-ONE_PASS_WIDTH_DWEIGHT = 8192  # nor does one beside the sums for dweight
-WIDE_TILE = {"ROWS": 1, "BLOCK": 4096, "num_warps": 8}
+from llamapro_kernels import cpu, library
+from llamapro_kernels import rms_norm_triton as kernels
+from llamapro_kernels.quantize import (
+    fake_rows,
+    gradient_then_quantized,
+    quantize_rows_forward_cpp,
+    quantize_rows_reference,
+    then_quantized,
+)
+from llamapro_kernels.rms_norm_triton import outputs_like
 
 
 def rms_norm_reference(x, weight, eps):
@@ -58,233 +63,13 @@ def add_rms_norm_backward_reference(dy, dtotal, total, weight, rstd, dweight_dty
     return dx if weight is None or dtotal is None else dx + dtotal, dweight
 
 
-@gpu.jit
-def rms_norm_forward_kernel(
-    x, residual, weight, y, total, rstd, rows, width, eps,
-    x_row, x_col, residual_row, residual_col, weight_col,
-    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """ROWS whole rows; ADD norms x + residual and stores that sum in total."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
-    mask = (row < rows) & (column < width)
-    value = _load(x + row * x_row + column * x_col, mask)
-    if ADD:
-        value += _load(residual + row * residual_row + column * residual_col, mask)
-        value = value.to(total.dtype.element_ty).to(tl.float32)
-        tl.store(total + row * width + column, value, mask=mask)
-    scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / width + eps)
-    w = _load(weight + column * weight_col, column < width)
-    tl.store(y + row * width + column, value * scale * w, mask=mask)
-    tl.store(rstd + row, scale, mask=row < rows)
-
-
-@gpu.jit
-def rms_norm_forward_wide_kernel(
-    x, residual, weight, y, total, rstd, rows, width, eps,
-    x_row, x_col, residual_row, residual_col, weight_col,
-    ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row (ROWS is 1) in two loops; the second finds most of it in the cache."""
-    row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
-        column = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        value = _load(x + row * x_row + column * x_col, column < width)
-        if ADD:
-            value += _load(residual + row * residual_row + column * residual_col, column < width)
-            value = value.to(total.dtype.element_ty).to(tl.float32)
-            tl.store(total + row * width + column, value, mask=column < width)
-        squares += value * value
-    scale = tl.rsqrt(tl.sum(squares, 0) / width + eps)
-    for start in range(0, width, BLOCK):
-        column = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        value = _load(x + row * x_row + column * x_col, column < width)
-        if ADD:
-            value += _load(residual + row * residual_row + column * residual_col, column < width)
-            value = value.to(total.dtype.element_ty).to(tl.float32)
-        w = _load(weight + column * weight_col, column < width)
-        tl.store(y + row * width + column, value * scale * w, mask=column < width)
-    tl.store(rstd + row, scale)
-
-
-@gpu.jit
-def rms_norm_backward_kernel(
-    dy, dtotal, x, weight, rstd, dx, partial, rows, width, rows_per_program,
-    dy_row, dy_col, dtotal_row, dtotal_col, x_row, x_col, weight_col,
-    ADD: tl.constexpr, WANT_X: tl.constexpr, WANT_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """rows_per_program rows, ROWS whole ones at a time, STAGES - 1 of them loaded ahead.
-
-    ADD adds dtotal to dx. WANT_WEIGHT stores these rows' part of dweight in partial[program].
-    """
-    first = tl.program_id(0).to(tl.int64) * rows_per_program
-    last = tl.minimum(first + rows_per_program, rows)
-    column = tl.arange(0, BLOCK)[None, :].to(tl.int64)
-    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
-    for top in tl.range(first, last, ROWS, num_stages=STAGES):
-        row = (top + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        mask = (row < last) & (column < width)
-        scale = tl.load(rstd + row, mask=row < last, other=0)
-        xhat = _load(x + row * x_row + column * x_col, mask) * scale
-        g = _load(dy + row * dy_row + column * dy_col, mask)
-        if WANT_WEIGHT:
-            dweight += g * xhat
-        if WANT_X:  # the weight is read again for each row: registers are scarcer than cache
-            g *= _load(weight + column * weight_col, column < width)
-            mean = tl.sum(g * xhat, 1, keep_dims=True) / width
-            grad = scale * (g - xhat * mean)
-            if ADD:
-                grad += _load(dtotal + row * dtotal_row + column * dtotal_col, mask)
-            tl.store(dx + row * width + column, grad, mask=mask)
-    if WANT_WEIGHT:
-        partial += tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
-        tl.store(partial, tl.sum(dweight, 0), mask=tl.arange(0, BLOCK) < width)
-
-
-@gpu.jit
-def rms_norm_backward_wide_kernel(
-    dy, dtotal, x, weight, rstd, dx, partial, rows, width, rows_per_program,
-    dy_row, dy_col, dtotal_row, dtotal_col, x_row, x_col, weight_col,
-    ADD: tl.constexpr, WANT_X: tl.constexpr, WANT_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """As above, one row at a time in two loops; dweight grows in partial[program] itself."""
-    first = tl.program_id(0).to(tl.int64) * rows_per_program
-    last = tl.minimum(first + rows_per_program, rows)
-    for top in range(first, last):
-        row = tl.full([], top, tl.int64)
-        scale = tl.load(rstd + row)
-        dots = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, width, BLOCK):
-            column = (start + tl.arange(0, BLOCK)).to(tl.int64)
-            xhat = _load(x + row * x_row + column * x_col, column < width) * scale
-            g = _load(dy + row * dy_row + column * dy_col, column < width)
-            if WANT_X:
-                dots += g * xhat * _load(weight + column * weight_col, column < width)
-            if WANT_WEIGHT:
-                share = partial + tl.program_id(0).to(tl.int64) * width + column
-                written = tl.where(row > first, width, 0)
-                before = tl.load(share, mask=column < written, other=0)
-                tl.store(share, before + g * xhat, mask=column < width)
-        if WANT_X:
-            mean = tl.sum(dots, 0) / width
-            for start in range(0, width, BLOCK):
-                column = (start + tl.arange(0, BLOCK)).to(tl.int64)
-                xhat = _load(x + row * x_row + column * x_col, column < width) * scale
-                g = _load(dy + row * dy_row + column * dy_col, column < width)
-                g *= _load(weight + column * weight_col, column < width)
-                grad = scale * (g - xhat * mean)
-                if ADD:
-                    at = dtotal + row * dtotal_row + column * dtotal_col
-                    grad += _load(at, column < width)
-                tl.store(dx + row * width + column, grad, mask=column < width)
-        tl.debug_barrier()  # the next row reads the share that this one wrote
-
-
-@gpu.jit
-def sum_of_rows_kernel(x, total, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of all rows of x, fp32, in the dtype of total."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    share = tl.zeros([ROWS, BLOCK], tl.float32)
-    for top in range(0, rows, ROWS):
-        row = top + tl.arange(0, ROWS)[:, None]
-        at = x + row.to(tl.int64) * width + column
-        share += tl.load(at, mask=(row < rows) & (column < width), other=0)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(total + column, tl.sum(share, 0), mask=column < width)
-
-
-@gpu.jit
-def _load(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0).to(tl.float32)
-
-
-def rms_norm_forward(x, weight, eps):
-    y, _, rstd = add_rms_norm_forward(x, None, weight, eps)
-    return y, rstd
-
-
-def add_rms_norm_forward(x, residual, weight, eps):
-    y, total, rstd = _fake_add(x, residual, weight, eps)
-    add = residual is not None
-    x, residual = library.as_rows(x), library.as_rows(residual) if add else None
-    kernel, tile = rms_norm_forward_kernel, _tile(x)
-    if x.shape[1] > ONE_PASS_WIDTH:
-        kernel, tile = rms_norm_forward_wide_kernel, WIDE_TILE
-    gpu.launch(
-        kernel,
-        (triton.cdiv(len(x), tile["ROWS"]),),
-        *(x, residual, weight, y, total, rstd, *x.shape, eps),
-        *(*_strides(x), *_strides(residual), weight.stride(0)),
-        ADD=add,
-        **tile,
-    )
-    return y, total, rstd
-
-
-def rms_norm_backward(dy, x, weight, rstd, dweight_dtype):
-    return add_rms_norm_backward(dy, None, x, weight, rstd, dweight_dtype)
-
-
-def add_rms_norm_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
-    want_x, want_weight = weight is not None, dweight_dtype is not None
-    dx = library.empty_if(want_x, total)
-    add = want_x and dtotal is not None
-    dy, x, dtotal = (library.as_rows(t) for t in (dy, total, dtotal if add else dy))
-    rows, width = x.shape
-    kernel, tile = rms_norm_backward_kernel, _backward_tile(x, want_weight)
-    if width > (ONE_PASS_WIDTH_DWEIGHT if want_weight else ONE_PASS_WIDTH):
-        kernel, tile = rms_norm_backward_wide_kernel, WIDE_TILE
-    share, partial = tile["ROWS"], None
-    if want_weight:  # a few programs a processor, so that partial stays small
-        share = max(share, triton.cdiv(rows, 2 * gpu.processors(x.device)))
-        partial = x.new_empty((triton.cdiv(rows, share), width), dtype=torch.float32)
-    gpu.launch(
-        kernel,
-        (triton.cdiv(rows, share),),
-        *(dy, dtotal, x, weight, rstd, dx, partial, rows, width, share),
-        *(*_strides(dy), *_strides(dtotal), *_strides(x), weight.stride(0) if want_x else 0),
-        ADD=add,
-        WANT_X=want_x,
-        WANT_WEIGHT=want_weight,
-        **tile,
-    )
-    return dx, _sum_of_rows(partial, dweight_dtype) if want_weight else x.new_empty(0)
-
-
-def _sum_of_rows(partial, dtype):
-    """In one launch, and half of the time of PyTorch's sum and cast."""
-    total = partial.new_empty(partial.shape[1], dtype=dtype)
-    grid = (triton.cdiv(partial.shape[1], 32),)
-    gpu.launch(
-        sum_of_rows_kernel, grid, partial, total, *partial.shape, ROWS=64, BLOCK=32, num_warps=4
-    )
-    return total
-
-
-def _tile(x, elements=2048):
-    """Whole rows, several where they are shorter than so many elements."""
-    block = max(1, triton.next_power_of_2(x.shape[1]))
-    rows = max(1, elements // block)
-    most_warps = 8 if block <= 8192 else 16
-    warps = min(most_warps, gpu.warps_for(rows * block, x.device))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": warps}
-
-
-def _backward_tile(x, want_weight):
-    """With dweight a program has many rows, so the next ones are loaded ahead."""
-    return {**_tile(x, 4096), "STAGES": 3} if want_weight else {**_tile(x), "STAGES": 1}
-
-
 def rms_norm_forward_cpp(x, weight, eps):
     y, _, rstd = add_rms_norm_forward_cpp(x, None, weight, eps)
     return y, rstd
 
 
 def add_rms_norm_forward_cpp(x, residual, weight, eps):
-    y, total, rstd = _fake_add(x, residual, weight, eps)
+    y, total, rstd = outputs_like(x, residual)
     x, residual, *outputs = (
         None if t is None else library.as_rows(t) for t in (x, residual, y, total)
     )
@@ -310,12 +95,9 @@ def add_rms_norm_backward_cpp(dy, dtotal, total, weight, rstd, dweight_dtype):
     return dx, partial.sum(0).to(dweight_dtype) if want_weight else x.new_empty(0)
 
 
-def _strides(x):
-    return (0, 0) if x is None else x.stride()
-
-
 def _fake(x, weight, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), _rstd_like(x)
+    y, _, rstd = outputs_like(x, None)
+    return y, rstd
 
 
 def _fake_backward(dy, x, weight, rstd, dweight_dtype):
@@ -324,16 +106,16 @@ def _fake_backward(dy, x, weight, rstd, dweight_dtype):
 
 
 def _fake_add(x, residual, weight, eps):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(y) if residual is not None else None, _rstd_like(x)
+    return outputs_like(x, residual)
 
 
 def _fake_add_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
     return _fake_backward(dy, total, weight, rstd, dweight_dtype)
 
 
-def _rstd_like(x):
-    return x.new_empty((*x.shape[:-1], 1), dtype=library.compute_dtype(x.dtype))
+def _dx_alone(backward):
+    """Of a backward that also knows the gradient of the weight."""
+    return lambda *args: backward(*args, None)[0]
 
 
 def _check(x, weight, eps):
@@ -358,6 +140,11 @@ def _check_add_backward(dy, dtotal, total, weight, rstd, dweight_dtype):
         _check_weight(total, weight)
 
 
+def _check_add_backward_quantized(dy, dtotal, total, weight, rstd, columns):
+    _check_add_backward(dy, dtotal, total, weight, rstd, None)
+    library.expect(total.shape[-1:], total, torch.float32, columns=columns)
+
+
 def _check_weight(x, weight):
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
@@ -371,27 +158,79 @@ rms_norm_op = library.define(
     forward="(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
     backward="(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, ScalarType? dweight_dtype)"
     " -> (Tensor dx, Tensor dweight)",
-    fakes={"forward": _fake, "backward": _fake_backward},
-    checks={"forward": _check, "backward": _check_backward},
+    quantized="(Tensor x, Tensor weight, float eps) -> (Tensor values, Tensor scale, Tensor rstd)",
+    fakes={
+        "forward": _fake,
+        "backward": _fake_backward,
+        "quantized": then_quantized(_fake, fake_rows),
+    },
+    checks={"forward": _check, "backward": _check_backward, "quantized": _check},
 )
-rms_norm_op.register("reference", forward=rms_norm_reference, backward=rms_norm_backward_reference)
-rms_norm_op.register("triton", forward=rms_norm_forward, backward=rms_norm_backward)
-rms_norm_op.register("cpp", forward=rms_norm_forward_cpp, backward=rms_norm_backward_cpp)
+rms_norm_op.register(
+    "reference",
+    forward=rms_norm_reference,
+    backward=rms_norm_backward_reference,
+    quantized=then_quantized(rms_norm_reference, quantize_rows_reference),
+)
+rms_norm_op.register(
+    "triton",
+    forward=kernels.rms_norm_forward,
+    backward=kernels.rms_norm_backward,
+    quantized=kernels.rms_norm_quantized,
+)
+rms_norm_op.register(
+    "cpp",
+    forward=rms_norm_forward_cpp,
+    backward=rms_norm_backward_cpp,
+    quantized=then_quantized(rms_norm_forward_cpp, quantize_rows_forward_cpp),
+)
 add_rms_norm_op = library.define(
     "add_rms_norm",
     forward="(Tensor x, Tensor residual, Tensor weight, float eps)"
     " -> (Tensor y, Tensor total, Tensor rstd)",
     backward="(Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, Tensor rstd,"
     " ScalarType? dweight_dtype) -> (Tensor dx, Tensor dweight)",
-    fakes={"forward": _fake_add, "backward": _fake_add_backward},
-    checks={"forward": _check_add, "backward": _check_add_backward},
+    quantized="(Tensor x, Tensor residual, Tensor weight, float eps)"
+    " -> (Tensor values, Tensor scale, Tensor total, Tensor rstd)",
+    backward_quantized="(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor rstd,"
+    " Tensor columns) -> (Tensor dx, Tensor values, Tensor scale)",
+    fakes={
+        "forward": _fake_add,
+        "backward": _fake_add_backward,
+        "quantized": then_quantized(_fake_add, fake_rows),
+        "backward_quantized": gradient_then_quantized(_dx_alone(_fake_add_backward), fake_rows),
+    },
+    checks={
+        "forward": _check_add,
+        "backward": _check_add_backward,
+        "quantized": _check_add,
+        "backward_quantized": _check_add_backward_quantized,
+    },
 )
 add_rms_norm_op.register(
-    "reference", forward=add_rms_norm_reference, backward=add_rms_norm_backward_reference
+    "reference",
+    forward=add_rms_norm_reference,
+    backward=add_rms_norm_backward_reference,
+    quantized=then_quantized(add_rms_norm_reference, quantize_rows_reference),
+    backward_quantized=gradient_then_quantized(
+        _dx_alone(add_rms_norm_backward_reference), quantize_rows_reference
+    ),
 )
-add_rms_norm_op.register("triton", forward=add_rms_norm_forward, backward=add_rms_norm_backward)
 add_rms_norm_op.register(
-    "cpp", forward=add_rms_norm_forward_cpp, backward=add_rms_norm_backward_cpp
+    "triton",
+    forward=kernels.add_rms_norm_forward,
+    backward=kernels.add_rms_norm_backward,
+    quantized=kernels.add_rms_norm_quantized,
+    backward_quantized=kernels.add_rms_norm_backward_quantized,
+)
+add_rms_norm_op.register(
+    "cpp",
+    forward=add_rms_norm_forward_cpp,
+    backward=add_rms_norm_backward_cpp,
+    quantized=then_quantized(add_rms_norm_forward_cpp, quantize_rows_forward_cpp),
+    backward_quantized=gradient_then_quantized(
+        _dx_alone(add_rms_norm_backward_cpp), quantize_rows_forward_cpp
+    ),
 )
 
 

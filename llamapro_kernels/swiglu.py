@@ -5,7 +5,9 @@
 
 gate_up is (..., 2I) with the gate first, y (..., I); any floating dtype, arithmetic in fp32 (fp64
 for fp64). Saved for backward: gate_up; silu is computed again, which is cheaper than keeping it.
-Bytes moved at least: forward read 2I, write I; backward read 3I, write 2I.
+Bytes moved at least: forward read 2I, write I; backward read 3I, write 2I. For a product in 8 bits
+(`frozen.py`), y and dgate_up are written as rows in 8 bits alone, of what they are in gate_up's
+dtype.
 
 Source: Shazeer 2020, "GLU Variants Improve Transformer".
 """
@@ -16,6 +18,18 @@ import torch
 
 from llamapro_kernels import cpu, gpu, library
 from llamapro_kernels.gpu import tl, triton
+from llamapro_kernels.quantize import (
+    ONE_PASS_WIDTH,
+    fake_rows,
+    gradient_then_quantized,
+    quantize_rows_forward,
+    quantize_rows_forward_cpp,
+    quantize_rows_reference,
+    rounded,
+    row_peak,
+    row_scale,
+    then_quantized,
+)
 
 
 def swiglu_reference(gate_up):
@@ -59,6 +73,45 @@ def swiglu_backward_kernel(
 
 
 @gpu.jit
+def swiglu_quantized_kernel(
+    gate_up, values, scale, rows, width, gate_up_row, gate_up_col,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows of y, rounded to gate_up's dtype, then to 8 bits."""
+    row, column, mask = _tile_indices(rows, width, ROWS, BLOCK)
+    gate_up += row * gate_up_row
+    g = tl.load(gate_up + column * gate_up_col, mask=mask, other=0).to(tl.float32)
+    u = tl.load(gate_up + (column + width) * gate_up_col, mask=mask, other=0).to(tl.float32)
+    y = (g * tl.sigmoid(g) * u).to(gate_up.dtype.element_ty).to(tl.float32)
+    factor, inverse = row_scale(row_peak(y))
+    tl.store(scale + row, factor, mask=row < rows)
+    tl.store(values + row * width + column, rounded(y * inverse), mask=mask)
+
+
+@gpu.jit
+def swiglu_backward_quantized_kernel(
+    dy, gate_up, columns, values, scale, rows, width, dy_row, dy_col, gate_up_row, gate_up_col,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows of dgate_up * columns, likewise."""
+    row, column, mask = _tile_indices(rows, width, ROWS, BLOCK)
+    gate_up += row * gate_up_row
+    g = tl.load(gate_up + column * gate_up_col, mask=mask, other=0).to(tl.float32)
+    u = tl.load(gate_up + (column + width) * gate_up_col, mask=mask, other=0).to(tl.float32)
+    dy = tl.load(dy + row * dy_row + column * dy_col, mask=mask, other=0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    dgate = (dy * u * sigmoid * (1 + g * (1 - sigmoid))).to(gate_up.dtype.element_ty)
+    dup = (dy * g * sigmoid).to(gate_up.dtype.element_ty)
+    dgate = dgate.to(tl.float32) * tl.load(columns + column, mask=column < width, other=0)
+    dup = dup.to(tl.float32) * tl.load(columns + width + column, mask=column < width, other=0)
+    factor, inverse = row_scale(tl.maximum(row_peak(dgate), row_peak(dup)))
+    tl.store(scale + row, factor, mask=row < rows)
+    values += row * 2 * width + column
+    tl.store(values, rounded(dgate * inverse), mask=mask)
+    tl.store(values + width, rounded(dup * inverse), mask=mask)
+
+
+@gpu.jit
 def _tile_indices(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Neighbouring programs lie in one row. The grid has one axis, for only it is long enough."""
     blocks = tl.cdiv(width, BLOCK)
@@ -83,6 +136,36 @@ def swiglu_backward(dy, gate_up):
     arguments = (dy, gate_up, dgate_up, *dy.shape, *dy.stride(), *gate_up.stride())
     gpu.launch(swiglu_backward_kernel, grid, *arguments, **tile)
     return dgate_up
+
+
+def swiglu_quantized(gate_up):
+    if gate_up.shape[-1] // 2 > ONE_PASS_WIDTH:
+        return quantize_rows_forward(swiglu_forward(gate_up), None)
+    values, scale = fake_rows(_fake(gate_up), None)
+    gate_up = library.as_rows(gate_up)
+    tile = gpu.row_tile(library.as_rows(values))
+    gpu.launch(
+        swiglu_quantized_kernel,
+        (triton.cdiv(len(gate_up), tile["ROWS"]),),
+        *(gate_up, values, scale, len(gate_up), values.shape[-1], *gate_up.stride()),
+        **tile,
+    )
+    return values, scale
+
+
+def swiglu_backward_quantized(dy, gate_up, columns):
+    if dy.shape[-1] > ONE_PASS_WIDTH:
+        return quantize_rows_forward(swiglu_backward(dy, gate_up), columns)
+    values, scale = fake_rows(gate_up, columns)
+    dy, gate_up = library.as_rows(dy), library.as_rows(gate_up)
+    tile = gpu.row_tile(dy)
+    gpu.launch(
+        swiglu_backward_quantized_kernel,
+        (triton.cdiv(len(dy), tile["ROWS"]),),
+        *(dy, gate_up, columns, values, scale, *dy.shape, *dy.stride(), *gate_up.stride()),
+        **tile,
+    )
+    return values, scale
 
 
 def swiglu_forward_cpp(gate_up):
@@ -122,16 +205,58 @@ def _check_backward(dy, gate_up):
     library.expect((*gate_up.shape[:-1], gate_up.shape[-1] // 2), gate_up, dy=dy)
 
 
+def _check_backward_quantized(dy, gate_up, columns):
+    _check_backward(dy, gate_up)
+    library.expect(gate_up.shape[-1:], gate_up, torch.float32, columns=columns)
+
+
+def _rows_alone(backward, quantize):
+    """Nobody reads the gradient in 16 bits."""
+    call = gradient_then_quantized(backward, quantize)
+    return lambda *args: call(*args)[1:]
+
+
 swiglu_op = library.define(
     "swiglu",
     forward="(Tensor gate_up) -> Tensor",
     backward="(Tensor dy, Tensor gate_up) -> Tensor",
-    fakes={"forward": _fake, "backward": _fake_backward},
-    checks={"forward": _check, "backward": _check_backward},
+    quantized="(Tensor gate_up) -> (Tensor values, Tensor scale)",
+    backward_quantized="(Tensor dy, Tensor gate_up, Tensor columns)"
+    " -> (Tensor values, Tensor scale)",
+    fakes={
+        "forward": _fake,
+        "backward": _fake_backward,
+        "quantized": then_quantized(_fake, fake_rows),
+        "backward_quantized": _rows_alone(_fake_backward, fake_rows),
+    },
+    checks={
+        "forward": _check,
+        "backward": _check_backward,
+        "quantized": _check,
+        "backward_quantized": _check_backward_quantized,
+    },
 )
-swiglu_op.register("reference", forward=swiglu_reference, backward=swiglu_backward_reference)
-swiglu_op.register("triton", forward=swiglu_forward, backward=swiglu_backward)
-swiglu_op.register("cpp", forward=swiglu_forward_cpp, backward=swiglu_backward_cpp)
+swiglu_op.register(
+    "reference",
+    forward=swiglu_reference,
+    backward=swiglu_backward_reference,
+    quantized=then_quantized(swiglu_reference, quantize_rows_reference),
+    backward_quantized=_rows_alone(swiglu_backward_reference, quantize_rows_reference),
+)
+swiglu_op.register(
+    "triton",
+    forward=swiglu_forward,
+    backward=swiglu_backward,
+    quantized=swiglu_quantized,
+    backward_quantized=swiglu_backward_quantized,
+)
+swiglu_op.register(
+    "cpp",
+    forward=swiglu_forward_cpp,
+    backward=swiglu_backward_cpp,
+    quantized=then_quantized(swiglu_forward_cpp, quantize_rows_forward_cpp),
+    backward_quantized=_rows_alone(swiglu_backward_cpp, quantize_rows_forward_cpp),
+)
 
 
 def _setup_context(ctx, inputs, output):

@@ -7,6 +7,7 @@ together. Each is exact. Elementwise work is not counted.
 from dataclasses import dataclass
 
 from llamapro_kernels.attention import visible_pairs
+from llamapro_kernels.frozen import ALIGNED
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,16 @@ class BlockShape:
     head_norms: bool = False
 
     @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of the block's matrices: qkv, o_proj, gate_up, down_proj."""
+        qkv = self.queries + 2 * self.keys, self.width
+        gate_up = 2 * self.inner, self.width
+        return [qkv, (self.width, self.queries), gate_up, (self.width, self.inner)]
+
+    @property
     def matrices(self) -> int:
         """Weights in the matrices of the block."""
-        return self.width * (2 * self.queries + 2 * self.keys + 3 * self.inner)
+        return sum(rows * columns for rows, columns in self.shapes)
 
 
 def flops(
@@ -70,8 +78,29 @@ def saved_bytes(shape: BlockShape, tokens: int, itemsize: int, recompute: str) -
     return tokens * a_token[recompute]
 
 
-def scratch_bytes(shape: BlockShape, tokens: int, itemsize: int, recompute: str) -> int:
-    """Bytes that backward of a block holds at its peak, beside what was saved."""
+def bytes_in_8_bits(shape: BlockShape, compact: bool, units: bool) -> int:
+    """Bytes of the matrices of a block in 8 bits, and of their scales. units: whether the device
+    multiplies 8 bits."""
+    total = 0
+    for rows, columns in shape.shapes:
+        both = units and not compact and not (rows % ALIGNED or columns % ALIGNED)
+        total += (1 + both) * rows * columns + 4 * rows
+    return total
+
+
+def scratch_bytes(
+    shape: BlockShape,
+    tokens: int,
+    itemsize: int,
+    recompute: str,
+    frozen: str = "bf16",
+    units: bool = False,
+) -> int:
+    """Bytes that backward of a block holds at its peak, beside what was saved.
+
+    frozen: whether its matrices are held in 8 bits, "8bit" or "8bit-compact"; then units, whether
+    8 bits are multiplied there.
+    """
     mlp = 3 * shape.inner + 2 * shape.width  # the product's gradient, gate_up's, dy and dh
     attention = 2 * shape.queries + 2 * shape.keys + 3 * shape.width  # do and dqkv; dh and dx
     if shape.head_norms:  # do, dqkv, q and k as attention takes them, the gradient of q; dh
@@ -81,4 +110,19 @@ def scratch_bytes(shape: BlockShape, tokens: int, itemsize: int, recompute: str)
         "mlp": 2 * shape.inner,
         "block": 2 * shape.inner + shape.width + 2 * shape.queries + 2 * shape.keys,
     }
-    return tokens * (max(mlp, attention) + recomputed[recompute]) * itemsize
+    again = tokens * recomputed[recompute] * itemsize
+    mlp, attention = tokens * mlp * itemsize, tokens * attention * itemsize
+    if frozen != "bf16":
+        qkv, _, gate_up, _ = shape.shapes
+        mlp += _of_8_bits(gate_up, tokens, itemsize, frozen, units, kept=False)
+        attention += _of_8_bits(qkv, tokens, itemsize, frozen, units, kept=True)
+    return max(mlp, attention) + again
+
+
+def _of_8_bits(matrix, tokens, itemsize, frozen, units, kept):
+    """Bytes more that dx = dy w takes, of which dy is in 8 bits, too, where it is not `kept`."""
+    rows, columns = matrix
+    if units:
+        copy = rows * columns if frozen == "8bit-compact" else 0
+        return copy + tokens * rows * (1 if kept else 1 - itemsize)
+    return rows * columns * itemsize + tokens * rows * (1 + itemsize * kept)

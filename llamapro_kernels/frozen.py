@@ -38,6 +38,7 @@ class FrozenMatrix:
     values: torch.Tensor  # (R, K) e4m3
     scale: torch.Tensor  # (R, 1) fp32
     transposed: torch.Tensor | None  # (K, R) e4m3, where it is kept
+    requires_grad = False
 
     @classmethod
     @torch.no_grad()
@@ -113,6 +114,20 @@ class FrozenMatrix:
     @property
     def _is_multiplied(self) -> bool:
         return _is_multiplied(self.shape, self.values.device)
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether this is, bit for bit, what `quantize` makes of the weight."""
+        fresh = FrozenMatrix.quantize(weight.to(self.values.device), compact=True)
+        same = torch.equal(fresh.values.view(torch.uint8), self.values.view(torch.uint8))
+        return same and torch.equal(fresh.scale, self.scale)
+
+    def split(self, sizes: list[int]) -> list[FrozenMatrix]:
+        """Matrices of so many rows each, which share this one's memory."""
+        across = [None] * len(sizes)
+        if self.transposed is not None:
+            across = self.transposed.split(sizes, 1)
+        pieces = self.values.split(sizes), self.scale.split(sizes), across
+        return [FrozenMatrix(*parts) for parts in zip(*pieces, strict=True)]
 
     def to(self, device) -> FrozenMatrix:
         """This matrix on another device."""

@@ -11,7 +11,7 @@ ANYWHERE = {"storage", "hardware", "markdown"}
 # Top to bottom. The packages below them follow the same rule among their own files.
 LAYERS = [
     *("architectures", "config", "placement", "model_files", "tokenizer", "hf", "generate"),
-    *("model", "proof", "decoder", "expansion", "new_block_files", "new_blocks"),
+    *("frozen", "model", "proof", "decoder", "expansion", "new_block_files", "new_blocks"),
     *("planner", "data", "eval", "train", "report", "cli", "__main__", "integrations"),
 ]
 INSIDE = {

@@ -22,6 +22,7 @@ from llamapro import report as report_module
 from llamapro.data import prepare as prepare_module
 from llamapro.data.tokens import TokenDataset, load_tokens
 from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
+from llamapro.frozen import FORMS
 from llamapro.hardware import matmul_rate, pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.model_files import read_config
@@ -127,6 +128,7 @@ def evaluate(
     data_directory: _positional(Path, "DATA"),
     seq_len: int = 512,
     max_tokens: int | None = None,
+    frozen: Literal[FORMS] = FORMS[0],
     dtype: Literal[DTYPES] = "auto",
     device: str = "auto",
 ) -> None:
@@ -137,13 +139,14 @@ def evaluate(
         data_directory: The data directory that `llamapro prepare` made.
         seq_len: How many tokens a row has; each row starts without context.
         max_tokens: How many tokens are evaluated, evenly spaced; all of them by default.
+        frozen: How the matrices of all but the new blocks are held.
         dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
         device: The device to run on; auto is CUDA when there is one.
     """
     tokens = load_tokens(data_directory, "heldout", read_config(model).vocab_size)
     rows = TokenDataset(tokens, seq_len)
     evenly_spaced_indices(rows, max_tokens)  # a bad number is refused before the model is loaded
-    result = perplexity(_load(model, dtype, device), rows, max_tokens)
+    result = perplexity(_load(model, dtype, device, frozen), rows, max_tokens)
     if not math.isfinite(result["perplexity"]):  # JSON has no word for it
         raise FloatingPointError(f"a finite perplexity expected, got {result}")
     print(json.dumps(result))
@@ -155,6 +158,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    frozen: Literal[FORMS] = FORMS[0],
     dtype: Literal[DTYPES] = "auto",
     device: str = "auto",
 ) -> None:
@@ -166,11 +170,12 @@ def generate(
         max_new_tokens: How many tokens are added at most.
         temperature: How random the choice is; 0 takes the most probable token.
         top_p: Sample from the smallest set of tokens with this much probability.
+        frozen: How the matrices of all but the new blocks are held.
         dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
         device: The device to run on; auto is CUDA when there is one.
     """
     report_module.encode_prompt(model, prompt)  # a bad one is refused at once
-    llama = _load(model, dtype, device)
+    llama = _load(model, dtype, device, frozen)
     sampling = {"temperature": temperature, "top_p": top_p}
     print(report_module.complete(llama, model, prompt, max_new_tokens, **sampling))
 
@@ -182,6 +187,7 @@ def plan(
     seq_len: int = 4096,
     batch_size: int = 1,
     memory: str | None = None,
+    frozen: Literal[FORMS] | None = None,
     dtype: Literal[DTYPES[1:]] = "bfloat16",
     device: str = "auto",
 ) -> None:
@@ -195,6 +201,8 @@ def plan(
         batch_size: How many rows a step has.
         memory: How much memory there is, such as 80GB: blocks recompute more in backward until the
             step fits in 95 % of it.
+        frozen: How the frozen matrices are held; by default in dtype, or with memory in the form
+            that fits with least recomputation. Training takes that only when told.
         dtype: The dtype of weights and activations.
         device: The device whose matrix products bound the speed.
     """
@@ -210,6 +218,7 @@ def plan(
             rate=matmul_rate(where, kind, 8192 if where.type == "cuda" else 1024),
             dtype=kind,
             device=where.type,
+            frozen=frozen,
         )
     )
 
@@ -233,10 +242,10 @@ def report(
     print(report_module.report(base, runs, out, max_tokens=max_tokens, prompt=prompt))
 
 
-def _load(model: Path, dtype: str, device: str) -> Llama:
+def _load(model: Path, dtype: str, device: str, frozen: str) -> Llama:
     where = pick_device(device)
     dtype = pick_dtype(where) if dtype == "auto" else dtype
-    return Llama.from_pretrained(model, getattr(torch, dtype), where)
+    return Llama.from_pretrained(model, getattr(torch, dtype), where, frozen)
 
 
 COMMANDS = {

@@ -8,8 +8,10 @@ from torch import nn
 
 import llamapro_kernels as lk
 from llamapro.config import PARTS, LlamaConfig, block_shapes
+from llamapro.frozen import FORMS, FrozenLinear, check_16_bits, freeze_in_8_bits
 from llamapro.generate import generate
 from llamapro.hf import Checkpoint, entries_of, fill, write_model
+from llamapro.model_files import CheckpointError
 from llamapro.storage import new_directory
 
 
@@ -94,20 +96,35 @@ class Llama(nn.Module):
                     nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, path, dtype: torch.dtype | None = None, device="cpu") -> "Llama":
+    def from_pretrained(
+        cls, path, dtype: torch.dtype | None = None, device="cpu", frozen: str = "bf16"
+    ) -> "Llama":
         """Load a Hugging Face directory of a Llama, Mistral, Qwen2 or Qwen3, or a Hub name when
         online.
 
-        dtype: None keeps the checkpoint's. The configuration and the name, shape and length of
-        every tensor are checked before a weight is read; CheckpointError or ValueError says what
-        was got and what was expected.
+        dtype: None keeps the checkpoint's. frozen: "8bit" or "8bit-compact" loads an expanded
+        model of which the new blocks alone train, as `freeze_in_8_bits` leaves it, a block at a
+        time, so that the base is never there in 16 bits. The configuration and the name, shape and
+        length of every tensor are checked before a weight is read; CheckpointError or ValueError
+        says what was got and what was expected.
         """
+        if frozen not in FORMS:
+            raise ValueError(f"frozen must be one of {FORMS}, got {frozen!r}")
         checkpoint = Checkpoint(path)
         with torch.device("meta"):
             model = cls(checkpoint.config).to(dtype or checkpoint.dtype)
+        blocks, model.blocks = model.blocks, nn.ModuleList()
         model.to_empty(device=device)
         model.tie()
         fill(stock_tensors(model), checkpoint)
+        model.blocks = blocks
+        if frozen != "bf16":
+            model.train_new_blocks_only()
+        for i, block in enumerate(blocks):
+            block.to_empty(device=device)
+            fill(block_tensors(block, checkpoint.config, f"model.layers.{i}."), checkpoint)
+            if frozen != "bf16":
+                freeze_in_8_bits([block], frozen == "8bit-compact")
         checkpoint.close()
         return model
 
@@ -116,8 +133,10 @@ class Llama(nn.Module):
         not at all.
 
         files_from: a model directory whose tokenizer and generation files are copied along.
-        Raises FileExistsError when `out` exists, OSError when the disk is too small.
+        Raises FileExistsError when `out` exists, OSError when the disk is too small, ValueError for
+        a model with matrices in 8 bits.
         """
+        check_16_bits(self, "saving it")
         if self.config.tie_word_embeddings and self.lm_head.weight is not self.embed_tokens.weight:
             raise ValueError(
                 "embeddings are tied, but lm_head.weight is another parameter: call tie()"
@@ -171,6 +190,43 @@ class Llama(nn.Module):
         for i in self.config.new_blocks:
             self.blocks[i].requires_grad_(True)
 
+    def freeze_in_8_bits(self, compact: bool = False) -> None:
+        """Hold the matrices of blocks that are frozen by now in 8 bits, see `lk.FrozenMatrix`.
+
+        compact: in half of the memory, and somewhat slower. Embeddings and head stay as they are.
+        Raises ValueError when no matrix is frozen.
+        """
+        if not freeze_in_8_bits(self.blocks, compact):
+            raise ValueError(
+                "frozen matrices expected, got none: train_new_blocks_only() freezes the base"
+            )
+
+    def restore_16_bits(self, path) -> None:
+        """Read the matrices that are held in 8 bits from the files that they come from again.
+
+        Raises CheckpointError for another model, which leaves this one as it is.
+        """
+        checkpoint = Checkpoint(path)
+        if block_shapes(checkpoint.config) != block_shapes(self.config):
+            raise CheckpointError(f"{path}: a model of the same shapes expected")
+        for check in (True, False):
+            for i, block in enumerate(self.blocks):
+                self._restore_block(block, checkpoint, i, check)
+        checkpoint.close()
+
+    def _restore_block(self, block, checkpoint, i, check):
+        held = {name: getattr(block, name) for name in PARTS}
+        held = {name: linear for name, linear in held.items() if isinstance(linear, FrozenLinear)}
+        read = load_block(checkpoint, i, self.norm.dtype) if held else None
+        for name, linear in held.items():
+            fresh = getattr(read, name).requires_grad_(False)
+            if not check:
+                setattr(block, name, fresh.to(self.norm.device))
+            elif not linear.weight.holds(fresh.weight):
+                raise CheckpointError(
+                    f"{checkpoint.path}: block {i}'s {name} is another than in the model"
+                )
+
     def generate(
         self, tokens, max_new_tokens, *, temperature=0.0, top_p=1.0, stop=None, generator=None
     ) -> torch.Tensor:
@@ -210,7 +266,7 @@ def stock_tensors(model: Llama) -> dict[str, torch.Tensor]:
 
 
 def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, torch.Tensor]:
-    """A block's tensors under their stock names."""
+    """A block's tensors under their stock names; what it holds in 8 bits as a FrozenMatrix."""
     shapes = block_shapes(config)
     tensors = {
         f"{prefix}input_layernorm.weight": block.attention_norm,
@@ -221,8 +277,9 @@ def block_tensors(block: Block, config: LlamaConfig, prefix: str) -> dict[str, t
         tensors[f"{prefix}self_attn.k_norm.weight"] = block.k_norm
     for matrix, names in PARTS.items():
         rows = [shapes[f"{name}.weight"][0] for name in names]
-        for kind, parameter in getattr(block, matrix).named_parameters():
-            pieces = zip(names, parameter.split(rows), strict=True)
+        linear = getattr(block, matrix)
+        for kind, held in (("weight", linear.weight), ("bias", linear.bias)):
+            pieces = zip(names, () if held is None else held.split(rows), strict=held is not None)
             tensors |= {f"{prefix}{name}.{kind}": piece for name, piece in pieces}
     return tensors
 

@@ -14,6 +14,7 @@ import torch
 
 from llamapro.config import LAYER, stock_shapes
 from llamapro.expansion import expanded_config, is_per_layer
+from llamapro.frozen import check_16_bits
 from llamapro.hf import Checkpoint, TensorEntry, entries_of, write_model
 from llamapro.model import Llama, block_tensors, stock_tensors
 from llamapro.new_block_files import (
@@ -93,6 +94,7 @@ def save_new_blocks(model: Llama, out) -> Path:
 
 def save(stack, out) -> Path:
     """See `save_new_blocks`. Of a sharded model every rank calls it, and the first one writes."""
+    check_16_bits(stack.model, "saving its new blocks with the fingerprint of their base")
     layout, entries = stack.layout, new_block_entries(stack)
     sharded = is_sharded(stack.model)
     if sharded:
@@ -274,6 +276,7 @@ def load_new_blocks(model: Llama, path, name: str = DEFAULT) -> None:
 @torch.no_grad()
 def load(stack, path, name: str = DEFAULT) -> None:
     """See `load_new_blocks`."""
+    check_16_bits(stack.model, "loading new blocks")
     saved = open_new_blocks(path)
     sets = _sets(stack, saved.base_blocks)
     saved.check(_base(stack, sets.blocks, sets.layout), "the model")

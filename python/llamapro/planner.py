@@ -11,16 +11,19 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
 
 from llamapro.config import LlamaConfig, block_shapes
 from llamapro.expansion import expanded_config
+from llamapro.frozen import FORMS
 from llamapro.markdown import table
 from llamapro.placement import place_blocks
 from llamapro_kernels import cost
 from llamapro_kernels.block import RECOMPUTE
+from llamapro_kernels.frozen import has_units
 from llamapro_kernels.linear_cross_entropy import chunk_bytes
 
 MASTER, MOMENTS, GRADIENT = 4, 8, 4  # bytes of a trainable parameter, in fp32
@@ -37,6 +40,7 @@ class Workload:
     length: int
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
+    frozen: str = FORMS[0]
 
     def __post_init__(self):
         if not self.trained:
@@ -45,6 +49,13 @@ class Workload:
             raise ValueError(
                 f"at least one row of one token expected, got {self.batch} x {self.length}"
             )
+
+    @property
+    def units(self) -> bool:
+        """Whether the device multiplies 8 bits; of a GPU that is not here, it is taken to."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return True
+        return has_units(torch.device(self.device))
 
     @property
     def tokens(self) -> int:
@@ -123,12 +134,16 @@ def memory(work: Workload, recompute: list[str]) -> dict[str, int]:
 
 def _fixed(work):
     """Bytes that are there all the time."""
-    counts, size = parameters(work.config), work.dtype.itemsize
+    counts, size, shape = parameters(work.config), work.dtype.itemsize, block_shape(work.config)
     total = len(work.blocks) * counts["block"] + counts["rest"]
     trained = total if work.trainable is None else len(work.trained) * counts["block"]
     own_master = size == 4  # an fp32 parameter is its own
+    weights = total * size
+    if work.frozen != FORMS[0]:
+        held = cost.bytes_in_8_bits(shape, work.frozen == "8bit-compact", work.units)
+        weights += (len(work.blocks) - len(work.trained)) * (held - shape.matrices * size)
     return {
-        "weights": total * size,
+        "weights": weights,
         "masters": 0 if own_master else trained * MASTER,
         "optimizer": trained * MOMENTS,
     }
@@ -142,7 +157,7 @@ def _moments(work, recompute):
     """
     shape, size, tokens = block_shape(work.config), work.dtype.itemsize, work.tokens
     counts, trained = parameters(work.config), set(work.trained)
-    saved, scratch = _bytes_by_policy(work)
+    saved, *scratch_of = _bytes_by_policy(work)
     rest = counts["rest"] if work.trainable is None else 0
     hidden = 3 * tokens * shape.width * size  # before and after the last norm, and their gradient
     chunk = chunk_bytes(tokens, work.config.vocab_size, size, work.device)
@@ -151,18 +166,21 @@ def _moments(work, recompute):
     for i in reversed(work.blocks_in_backward):
         gradients += counts["block"] * GRADIENT * (i in trained)
         # The head's gradient waits in the model's dtype: the embeddings may add to it.
-        moments.append((activations + scratch[recompute[i]], gradients + rest * size, 0))
+        scratch = scratch_of[i in trained][recompute[i]]
+        moments.append((activations + scratch, gradients + rest * size, 0))
         activations -= saved[recompute[i]]
     gradients += rest * GRADIENT
     return [*moments, (0, gradients + 2 * rest * size, 0), (0, gradients, 0)]
 
 
 def _bytes_by_policy(work):
-    """What a block saves, and what its backward needs beside, for each policy."""
+    """What a block saves, and what backward of a frozen and of a trained one needs beside, each for
+    each policy."""
     sizes = block_shape(work.config), work.tokens, work.dtype.itemsize
+    in_8_bits = partial(cost.scratch_bytes, frozen=work.frozen, units=work.units)
     return tuple(
         {policy: function(*sizes, policy) for policy in RECOMPUTE}
-        for function in (cost.saved_bytes, cost.scratch_bytes)
+        for function in (cost.saved_bytes, in_8_bits, cost.scratch_bytes)
     )
 
 
@@ -188,6 +206,26 @@ def choose_recompute(work: Workload, limit: float) -> list[str]:
     )
 
 
+def cheapest(
+    work: Workload, limit: float | None, forms: tuple[str, ...] = FORMS
+) -> tuple[Workload, list[str]]:
+    """The workload with its frozen matrices in the form that leaves least to recompute within
+    `limit` bytes, the earlier of equals, and the policies. Raises as `choose_recompute`, of the
+    last form, where none fits."""
+    if limit is None:
+        return replace(work, frozen=forms[0]), ["none"] * len(work.blocks)
+    found = []
+    for form in forms:
+        held = replace(work, frozen=form)
+        try:
+            found.append((held, choose_recompute(held, limit)))
+        except ValueError as refused:
+            error = refused
+    if not found:
+        raise error
+    return min(found, key=lambda pair: flops(*pair)["recomputed"])
+
+
 def _policies(work, changes):
     """The policies after so many changes to the next one, each of the lowest block that is due."""
     count = len(work.blocks_in_backward)
@@ -203,11 +241,12 @@ def _recompute_less(work, recompute, limit):
     above. Those are tracked by their peak, and by what was added to all of them so far.
     """
     fixed, recompute, added = sum(_fixed(work).values()), list(recompute), 0
-    saved, scratch = _bytes_by_policy(work)
+    saved, *scratch_of = _bytes_by_policy(work)
     totals = [fixed + sum(moment) for moment in _moments(work, recompute)]
     peaks = list(accumulate(totals, max))
     last = len(work.blocks) - 1
     for i in work.blocks_in_backward:
+        scratch = scratch_of[i in work.trained]
         at, now = last - i, recompute[i]  # of the loss and the blocks above in `totals`
         for policy in RECOMPUTE[: RECOMPUTE.index(now)]:
             more = added + saved[policy] - saved[now]
@@ -258,8 +297,10 @@ def plan(
     rate: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
+    frozen: str | None = None,
 ) -> str:
-    """What `llamapro plan` prints, as Markdown. rate: FLOP/s of a large product here, or None."""
+    """What `llamapro plan` prints, as Markdown. rate: FLOP/s of a large product here, or None;
+    frozen: how frozen matrices are held, None for the form that costs least where it fits."""
     tuning = Workload(base, None, batch, length, dtype, device)
     lines, details, refused = [], [], []
     for name in placements:
@@ -267,8 +308,9 @@ def plan(
         config = expanded_config(base, slots)
         work = Workload(config, tuple(config.new_blocks), batch, length, dtype, device)
         try:
-            recompute = choose_recompute(work, limit) if limit else ["none"] * len(slots)
+            work, recompute = cheapest(work, limit, (frozen,) if frozen else FORMS)
         except ValueError as error:
+            work = replace(work, frozen=frozen or FORMS[-1])
             refused += [
                 f"{name} does not fit: {error}; largest batch size {largest_batch(work, limit)}"
             ]
@@ -282,7 +324,7 @@ def plan(
     if not lines:
         raise ValueError("\n".join(refused))
     head = ["placement", "parameters", "trained", "GFLOPs per token"]
-    head += ["FLOPs vs full training", "FLOPs vs tuning the base", "recompute", "memory"]
+    head += ["FLOPs vs full training", "FLOPs vs tuning the base", "frozen", "recompute", "memory"]
     head += ["largest batch size"] if limit else []
     head += ["tokens/s (roofline)"] if rate else []
     return "\n".join([*table(head, lines), *("\n" + line for line in refused), *details])
@@ -301,11 +343,15 @@ def _summary(name, work, tuning, recompute, limit, rate):
         f"{total / work.tokens / 1e9:.2f}",
         f"{total / sum(flops(replace(work, trainable=None)).values()):.3f}",
         f"{total / sum(flops(tuning).values()):.3f}",
+        work.frozen,
         ", ".join(parts),
         f"{memory(work, recompute)['total'] / 1e9:.2f} GB",
     ]
     cells += [str(largest_batch(work, limit))] if limit else []
-    return cells + ([f"{rate / total * work.tokens:,.0f}"] if rate else [])
+    if not rate:
+        return cells
+    known = work.frozen == FORMS[0] or not work.units  # the rate of products in 8 bits is not
+    return [*cells, f"{rate / total * work.tokens:,.0f}" if known else "not known"]
 
 
 def _details(work, chosen):

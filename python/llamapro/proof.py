@@ -27,6 +27,7 @@ from llamapro.model_files import CheckpointError
 from llamapro.placement import Slot
 from llamapro.storage import read_json
 from llamapro.tokenizer import encode, load_tokenizer
+from llamapro_kernels import FrozenMatrix
 
 PROOF_TEXT = (
     "The quick brown fox jumps over the lazy dog. In 1905 Einstein published four papers.\n"
@@ -131,7 +132,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 def fingerprint(model: Llama) -> dict[str, str]:
     """What must stay as it is: each setting that is computed with, and a digest of each frozen
     tensor, by name."""
-    frozen = {n: t.detach() for n, t in stock_tensors(model).items() if not t.requires_grad}
+    frozen = {n: t for n, t in stock_tensors(model).items() if not t.requires_grad}
     return {**settings(model.config), **digests(frozen)}
 
 
@@ -157,8 +158,12 @@ def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """See `digests`."""
+def digest(tensor: torch.Tensor | FrozenMatrix) -> str:
+    """See `digests`; of a matrix in 8 bits, one of all that it is made of."""
+    if isinstance(tensor, FrozenMatrix):
+        parts = enumerate(tensor.tensors())
+        return combined({str(i): digest(part) for i, part in parts if part is not None})
+    tensor = tensor.detach()
     hashed = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=16)
     if tensor.numel():
         hashed.update(_sums(tensor).cpu().numpy().data)

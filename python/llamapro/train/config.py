@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llamapro import planner
+from llamapro.frozen import FORMS
 
 TRAINABLE = ("new_blocks", "all")
 DTYPES = ("auto", "bfloat16", "float32")
@@ -45,6 +46,9 @@ class TrainConfig:
     """The norm to which a larger gradient is clipped."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """The dtype of weights and activations; auto is bfloat16, unless fp32 is twice as fast here."""
+    frozen: Literal["bf16", "8bit", "8bit-compact"] = "bf16"
+    """How the frozen matrices of blocks are held: as they are in dtype, or in 8 bits for products
+    in 8 bits, in the memory of bf16 or, compact, in half of it."""
     device: str = "auto"
     """The device to train on; auto is CUDA when there is one."""
     memory: str | None = None
@@ -64,7 +68,8 @@ class TrainConfig:
     """Hash all of the tokens at the start, also beyond 4 GB, where a sample is hashed otherwise."""
 
     def __post_init__(self):
-        for name, allowed in (("trainable", TRAINABLE), ("dtype", DTYPES)):
+        choices = (("trainable", TRAINABLE), ("dtype", DTYPES), ("frozen", FORMS))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         counts = ("steps", "batch_size", "gradient_accumulation_steps", "seq_len")
@@ -79,6 +84,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must lie in 0..{most}, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in 0..1, below 1, got {self.betas}")
+        if self.trainable == "all" and self.frozen != FORMS[0]:
+            raise ValueError(
+                f"frozen must be {FORMS[0]} where everything is trained, got {self.frozen}"
+            )
         if self.memory is not None:
             planner.parse_bytes(self.memory)
         if "domain" in self.evaluate:

@@ -48,7 +48,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     rows, heldout = _open_data(config, shape.vocab_size)
     data = {name: fingerprint(path, verify=config.verify) for name, path in _sets(config).items()}
     recompute = _policies(config, shape, device)
-    model = Llama.from_pretrained(config.model, getattr(torch, config.dtype), device)
+    dtype = getattr(torch, config.dtype)
+    model = Llama.from_pretrained(config.model, dtype, device, config.frozen)
     freeze(model, config.trainable)
     for block, policy in zip(model.blocks, recompute, strict=True):
         block.recompute = policy
@@ -139,15 +140,27 @@ def _policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> 
         return ["none"] * shape.num_hidden_layers
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
     sizes = config.batch_size, config.seq_len, getattr(torch, config.dtype), device.type
+    work = planner.Workload(shape, trainable, *sizes, config.frozen)
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     limit = planner.usable(config.memory) - libraries
     try:
-        return planner.choose_recompute(planner.Workload(shape, trainable, *sizes), limit)
+        return planner.choose_recompute(work, limit)
     except ValueError as error:
+        error = f"{error}{_other_form(work, limit)}"
         raise ValueError(
             f"{error} (of {config.memory}, {1 - planner.USABLE:.0%} are kept back for what"
             f" allocators lose, and {libraries / 1e9:.2f} GB are in use already)"
         ) from None
+
+
+def _other_form(work: planner.Workload, limit: float) -> str:
+    """The form of the frozen matrices with which a workload fits that does not, in words."""
+    if work.trainable is None:
+        return ""
+    try:
+        return f"; --frozen {planner.cheapest(work, limit)[0].frozen} fits"
+    except ValueError:
+        return ""
 
 
 def _open_data(config: TrainConfig, vocab: int) -> tuple[TokenDataset, dict[str, TokenDataset]]:

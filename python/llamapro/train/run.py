@@ -24,12 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llamapro import storage
+from llamapro.frozen import FORMS
 from llamapro.hardware import environment, pick_device, pick_dtype
 from llamapro.hf import Checkpoint, entries_of, write_model, write_safetensors
 from llamapro.model import stock_tensors
 from llamapro.model_files import CheckpointError
 from llamapro.proof import combined, difference, digest, digests, fingerprint
 from llamapro.train.metrics import Metrics
+from llamapro_kernels import FrozenMatrix
 
 KEPT = 2
 RETRIES = 10  # of a checkpoint that could not be written, one after each step
@@ -176,7 +178,7 @@ class Run:
             "config": asdict(self.config),
             "dtype": str(model.norm.dtype).removeprefix("torch."),
             "device": str(model.norm.device),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(t.shape.numel() for t in stock_tensors(model).values()),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "tokens_per_second": rates[len(rates) // 2],
             "peak_memory_bytes": peak_memory,
@@ -228,6 +230,7 @@ def _whole_paths(settings: dict) -> dict:
 def _check_same(config, started: dict) -> None:
     """Raise ValueError unless these are the settings that the run was started with."""
     now, then = json.loads(json.dumps(asdict(config))), {**started, **_whole_paths(started)}
+    then.setdefault("frozen", FORMS[0])  # of a run that was started before there was a choice
     changed = [
         f"{name} was {then.get(name)!r}, got {now[name]!r}"
         for name in now
@@ -301,7 +304,9 @@ def save_trained(model, base: Checkpoint, out: Path, frozen: dict[str, str]) -> 
         if tensor.requires_grad:
             return tensor.detach()
         kept = entry.load()
-        if digest(kept.to(tensor.dtype)) != frozen[entry.name]:
+        held = kept.to(model.norm.dtype)
+        in_8_bits = isinstance(tensor, FrozenMatrix)
+        if not (tensor.holds(held) if in_8_bits else digest(held) == frozen[entry.name]):
             raise RuntimeError(f"{base.path}: {entry.name} changed during the run")
         return kept
 

@@ -29,6 +29,8 @@ def project(
     if whole is not None:
         return _linear(x, whole, torch.cat(bias) if isinstance(bias, tuple) else bias, residual)
     biases = (None,) * len(weight) if bias is None else bias
+    if isinstance(bias, torch.Tensor):
+        biases = bias.split([len(w) for w in weight])
     pairs = list(zip(weight, biases, strict=True))
     if torch.compiler.is_compiling() or any(isinstance(w, FrozenMatrix) for w in weight):
         y = torch.cat([_linear(x, *pair) for pair in pairs], -1)

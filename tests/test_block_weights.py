@@ -196,3 +196,12 @@ def test_a_piece_that_is_no_tensor():
     w = weights_of(leaves)._replace(qkv=(leaves["q"], None, leaves["v"]))
     with pytest.raises(TypeError, match=r"qkv\[1\] must be a tensor of .* got NoneType"):
         lk.decoder_block(leaves["x"], w, *tables(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_one_bias_for_a_weight_in_pieces(joined):
+    leaves, table = leaves_of(head_norms=False, joined=joined), tables()
+    x, w = leaves["x"], weights_of(leaves)
+    whole = w._replace(qkv_bias=torch.cat(w.qkv_bias), gate_up_bias=torch.cat(w.gate_up_bias))
+    ours, expected = (lk.decoder_block(x, each, *table) for each in (whole, w))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)

@@ -144,6 +144,8 @@ twice(tiny, 1, 64)
 before = resident_memory()
 model = expand(Llama(config), setting["new"], setting["placement"])
 freeze(model, setting["trainable"])
+if setting["frozen"] != "bf16":
+    model.freeze_in_8_bits(setting["frozen"] == "8bit-compact")
 for block, recompute in zip(model.blocks, setting["recompute"]):
     block.recompute = recompute
 twice(model, setting["batch"], setting["length"])
@@ -167,6 +169,7 @@ def measure(work, placement, recompute, base=SMOLLM2):
         **{"config": shape, "new": new, "placement": placement, "recompute": recompute},
         **{"trainable": "all" if work.trainable is None else "new_blocks"},
         **{"batch": work.batch, "length": work.length, "dtype": str(work.dtype).split(".")[1]},
+        "frozen": work.frozen,
     }
     command = [sys.executable, "-c", MEASURE, json.dumps(setting)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the code under test

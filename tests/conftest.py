@@ -10,17 +10,7 @@ import torch
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.storage import write_json
 from llamapro.train import TrainConfig
-
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "eos_token_id": 2,
-}
+from stock_models import SIZES
 
 
 @pytest.fixture
@@ -29,7 +19,8 @@ def tiny():
 
     def build(**changes):
         torch.manual_seed(0)
-        return Llama(LlamaConfig(**{**TINY, "initializer_range": 0.2, **changes}))
+        ends = {"max_position_embeddings": 64, "eos_token_id": 2}
+        return Llama(LlamaConfig(**{**SIZES, **ends, **changes}))
 
     return build
 

@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 
 os.environ.setdefault("LLAMAPRO_TRITON", "1")  # test_aot compiles the kernels without a GPU
 # What an earlier state of the ops has compiled looks the same to inductor's cache.
@@ -11,6 +12,8 @@ from llamapro import Llama, LlamaConfig, expand
 from llamapro.storage import write_json
 from llamapro.train import TrainConfig
 from stock_models import SIZES
+
+import llamapro_kernels as lk
 
 
 @pytest.fixture
@@ -83,3 +86,22 @@ def smollm2():
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often blocks, attentions, fused losses and other ops of ours ran."""
+    count = Counter()
+
+    def counted(name):
+        function = getattr(lk, name)
+
+        def call(*args, **options):
+            count[name] += 1
+            return function(*args, **options)
+
+        monkeypatch.setattr(lk, name, call)
+
+    for name in ("decoder_block", "linear_cross_entropy", "flash_attention", "rms_norm", "swiglu"):
+        counted(name)
+    return count

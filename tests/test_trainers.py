@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from apply_cases import LENGTH, model_of
 from datasets import Dataset
-from test_apply import LENGTH, calls, model_of  # noqa: F401 (a fixture)
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -43,7 +43,7 @@ def assert_stock(losses):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_trainer(tmp_path, calls, checkpointing):  # noqa: F811
+def test_trainer(tmp_path, calls, checkpointing):
     data = [{"input_ids": ids, "labels": ids} for ids in rows()]
     losses = []
     for applied in (False, True):
@@ -67,7 +67,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sft_trainer(tmp_path, calls, layout):  # noqa: F811
+def test_sft_trainer(tmp_path, calls, layout):
     """Its loss is its own fused one, which also counts entropies; our blocks serve the rest."""
     words = models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0")
     tokenizer = PreTrainedTokenizerFast(
@@ -104,7 +104,7 @@ import json, sys
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
-from test_apply import model_of
+from apply_cases import model_of
 from test_trainers import STEPS, rows
 import llamapro_kernels as lk
 from llamapro_kernels.integrations import transformers as lkt

@@ -15,6 +15,13 @@ from stock_models import SIZES
 
 import llamapro_kernels as lk
 
+LONGEST = ("test_aot.py", "test_planner.py", "test_trainers.py", "test_kills.py", "test_fuzz.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts first what takes longest, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture
 def tiny():

@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 
 os.environ.setdefault("LLAMAPRO_TRITON", "1")  # test_aot compiles the kernels without a GPU
 # What an earlier state of the ops has compiled looks the same to inductor's cache.
@@ -10,17 +11,16 @@ import torch
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.storage import write_json
 from llamapro.train import TrainConfig
+from stock_models import SIZES
 
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "eos_token_id": 2,
-}
+import llamapro_kernels as lk
+
+LONGEST = ("test_aot.py", "test_planner.py", "test_trainers.py", "test_kills.py", "test_fuzz.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts first what takes longest, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
@@ -29,7 +29,8 @@ def tiny():
 
     def build(**changes):
         torch.manual_seed(0)
-        return Llama(LlamaConfig(**{**TINY, "initializer_range": 0.2, **changes}))
+        ends = {"max_position_embeddings": 64, "eos_token_id": 2}
+        return Llama(LlamaConfig(**{**SIZES, **ends, **changes}))
 
     return build
 
@@ -92,3 +93,22 @@ def smollm2():
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often blocks, attentions, fused losses and other ops of ours ran."""
+    count = Counter()
+
+    def counted(name):
+        function = getattr(lk, name)
+
+        def call(*args, **options):
+            count[name] += 1
+            return function(*args, **options)
+
+        monkeypatch.setattr(lk, name, call)
+
+    for name in ("decoder_block", "linear_cross_entropy", "flash_attention", "rms_norm", "swiglu"):
+        counted(name)
+    return count

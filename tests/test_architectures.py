@@ -12,21 +12,10 @@ from llamapro.expansion import expand_checkpoint
 from llamapro.model import stock_tensors
 from llamapro.model_files import read_config
 from llamapro.proof import difference, fingerprint, frozen_verdict
+from stock_models import NO_IDS, random_model
 
 transformers = pytest.importorskip("transformers")
 
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5}
 CASES = {  # name: model_type, settings
     "mistral": ("mistral", {"sliding_window": 5}),
@@ -56,14 +45,9 @@ every_case = pytest.mark.parametrize("case", CASES)
 def theirs_on_disk(case, path):
     """A random model of transformers in fp32, written to `path`."""
     model_type, settings = CASES[case]
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(model_type, **SHAPE, **settings)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # not the zeros and ones of a fresh model
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)
+    model = random_model(model_type, num_hidden_layers=3, **NO_IDS, **settings)
     model.save_pretrained(path)
-    return model.eval()
+    return model
 
 
 def exact_norms(model):

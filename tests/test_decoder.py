@@ -13,23 +13,11 @@ from llamapro.expansion import expand_checkpoint
 from llamapro.model_files import CheckpointError
 from llamapro.proof import IdentityError
 from safetensors.torch import load_file, save_file
+from stock_models import NO_IDS, random_model
 
 transformers = pytest.importorskip("transformers")
 
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "sliding_window": 5,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+COMMON = {"head_dim": 8, "sliding_window": 5, **NO_IDS}
 CASES = {  # name: model_type, settings
     "phi3": ("phi3", {}),
     "gemma": ("gemma", {"attention_bias": True}),
@@ -39,15 +27,9 @@ CASES = {  # name: model_type, settings
 }
 
 
-def save(path, model_type, dtype=torch.float32, **settings):
+def save(path, model_type, **settings):
     """A random model's directory."""
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(model_type, **SHAPE | settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # not the zeros and ones of a fresh model
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)
-    model.save_pretrained(path)
+    random_model(model_type, **COMMON | settings).save_pretrained(path)
     return path
 
 

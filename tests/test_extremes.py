@@ -21,9 +21,13 @@ SIZES = [10.0**e for e in (-30, 0, 2, 4, 5, 6, 7, 8, 9, 30)]
 
 def typed(op):
     """(backend, dtype) of all that serve the op here."""
-    for backend in library._ops[op].implementations:
-        if library._runs_on(backend, DEVICE, torch.float32):
-            yield from ((backend, dtype) for dtype in dtypes(backend) if dtype != torch.float64)
+    return [
+        (backend, dtype)
+        for backend in library._ops[op].implementations
+        if library._runs_on(backend, DEVICE, torch.float32)
+        for dtype in dtypes(backend)
+        if dtype != torch.float64
+    ]
 
 
 def math_sdpa(q, k, v, **options):

@@ -7,23 +7,12 @@ from llamapro import Llama, expand
 from llamapro.model_files import CheckpointError
 from llamapro.new_blocks import merge
 from safetensors.torch import load_file
+from stock_models import random_model
 
 transformers = pytest.importorskip("transformers")
 lpt = pytest.importorskip("llamapro.integrations.transformers")
 
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 KINDS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
 ARCHITECTURES = {
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -39,13 +28,7 @@ ARCHITECTURES = {
 
 
 def build(kind="llama", **changes):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**TINY, **ARCHITECTURES[kind], **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():  # so that none is 0 or 1 throughout
-        if name.endswith("bias") or "norm" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
+    return random_model(kind, **{**IDS, **ARCHITECTURES[kind], **changes})
 
 
 TOKENS = torch.arange(40).view(2, 20) % 61
@@ -261,7 +244,7 @@ WRONG = {
         "got 't5'",
     ),
     "Mixtral": (
-        lambda: of(transformers.MixtralConfig(**{**TINY, "num_local_experts": 2})),
+        lambda: random_model("mixtral", num_local_experts=2),
         {},
         "got 'mixtral'",
     ),

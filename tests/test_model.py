@@ -4,6 +4,7 @@ import pytest
 import torch
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.generate import KVCache
+from stock_models import random_model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -11,15 +12,6 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}
-BASE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
 }
 CONFIGS = {
     "grouped": {},
@@ -61,12 +53,7 @@ def difference(ours, theirs):
 
 
 def theirs_on_disk(transformers, path, changes, shard="5GB"):
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(**{**BASE, **changes})
-    model = transformers.LlamaForCausalLM(config).double()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # not the zeros and ones of a fresh model
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)
+    model = random_model("llama", torch.float64, **changes)
     model.save_pretrained(path, max_shard_size=shard)
     return transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float64)
 

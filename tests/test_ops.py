@@ -130,8 +130,15 @@ def assert_three_way(ours, plain, truth, dtype, term, what):
     assert error <= bound, f"{what}: error {error:.3e}, bound {bound:.3e}, plain {peer:.3e}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", SIZES)
+# One row, or none, is expanded as it is.
+ARRANGED = [
+    (size, layout)
+    for size, layout in itertools.product(SIZES, LAYOUTS)
+    if layout != "expanded" or size in ("typical", "odd")
+]
+
+
+@pytest.mark.parametrize("size, layout", ARRANGED)
 @every_dtype
 def test_values(name, backend, dtype, size, layout):
     """Outputs and gradients obey the three-way rule; nothing that was passed in is changed."""

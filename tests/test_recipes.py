@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_apply import model_of
+from apply_cases import model_of
 from test_trainers import SHARD_ON_CPU
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -1,9 +1,5 @@
-import json
-import multiprocessing
 import os
-import random
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,53 +246,6 @@ def test_two_processes_do_not_share_a_run(config, tmp_path):
         train(config, resume=True)
 
 
-def run_in_child(config, resume):
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    torch.set_num_threads(1)
-    train(config, resume=resume)
-
-
-def test_killed_at_random_moments(config, tmp_path):
-    """Ten kills: each leaves a checkpoint that loads, and the end is as if there were none."""
-    config = replace(config, steps=125, checkpoint_every=1, eval_every=1000)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train(replace(config, out=str(tmp_path / "calm"), checkpoint_every=1000))
-    torch.set_num_threads(threads)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "llamapro.train"])
-    chance = random.Random(0)
-    for kill in range(10):
-        child = context.Process(target=run_in_child, args=(config, kill > 0))
-        child.start()
-        start, before = time.monotonic(), newest_step(config)
-        while kill and newest_step(config) == before and child.is_alive():
-            assert time.monotonic() - start < 60
-            time.sleep(0.002)
-        while not kill and not (tmp_path / "run").exists():
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.02))  # the first falls before or into the first checkpoint
-        child.kill()
-        child.join()
-        if not run_module.checkpoints(config.out):
-            assert kill == 0
-            continue
-        newest = run_module.checkpoints(config.out)[-1]
-        state = json.loads((newest / "state.json").read_text())
-        assert newest.name == f"step-{state['step']:08d}"
-        assert all(t.isfinite().all() for t in load_file(newest / "state.safetensors").values())
-    assert 9 <= newest_step(config) < 125, "the kills fell into the run"
-    torch.set_num_threads(1)
-    train(config, resume=True)
-    torch.set_num_threads(threads)
-    assert records(config) == records(replace(config, out=str(tmp_path / "calm")))
-
-
-def newest_step(config):
-    saved = run_module.checkpoints(config.out)
-    return int(saved[-1].name[5:]) if saved else 0
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -304,11 +253,7 @@ def newest_step(config):
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"learning_rate": -1.0}, ValueError, r"got -1\.0"),
         ({"dtype": "float16"}, ValueError, "'float16'"),
-        (
-            {"max_grad_norm": -1.0},
-            ValueError,
-            r"max_grad_norm must be above 0 and finite, got -1\.0",
-        ),
+        ({"max_grad_norm": -1.0}, ValueError, r"max_grad_norm must be above 0 .* got -1\.0"),
         ({"learning_rate": float("inf")}, ValueError, "got inf"),
         ({"weight_decay": -0.1}, ValueError, r"weight_decay must lie in 0\.\.inf, got -0\.1"),
         ({"seed": -1}, ValueError, "got -1"),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from apply_cases import LENGTH, gradients, model_of
 from datasets import Dataset
-from test_apply import LENGTH, calls, model_of  # noqa: F401 (a fixture)
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -17,9 +17,11 @@ from trl import SFTConfig, SFTTrainer
 from llamapro_kernels.integrations import transformers as lkt
 
 STEPS, ACCUMULATED, LAYERS = 20, 2, 3
+# SGD: Adam would hide gradients of a wrong size, and make much of what is rounded.
 COMMON = {
+    **{"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0},
     **{"max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 1, "seed": 0},
-    **{"gradient_accumulation_steps": ACCUMULATED, "learning_rate": 1e-2, "bf16": False},
+    **{"gradient_accumulation_steps": ACCUMULATED, "bf16": False},
     **{"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True},
 }
 
@@ -35,26 +37,31 @@ def losses_of(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def assert_stock(losses):
-    """What both rounded otherwise may have grown in twenty steps of Adam."""
-    stock, ours = losses
+def on_three_models(train):
+    """What a function returns for a model after apply, for stock, and for stock in fp64."""
+    applied = model_of("llama")
+    lkt.apply(applied)
+    stock, exact = model_of("llama"), model_of("llama", torch.float64)
+    return [train(model) for model in (applied, stock, exact)]
+
+
+def assert_stock(ours, stock, exact):
+    """The three-way rule, on the losses of all steps: they are stored in fp32."""
     assert len(stock) == STEPS and stock != sorted(stock)
-    assert ours == pytest.approx(stock, rel=1e-4)
+    ours, stock, exact = (torch.tensor(losses).double() for losses in (ours, stock, exact))
+    error, peer = ((losses - exact).norm() for losses in (ours, stock))
+    assert error <= 2 * peer + torch.finfo(torch.float32).eps * exact.norm()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_trainer(tmp_path, calls, checkpointing):  # noqa: F811
+def test_trainer(tmp_path, calls, checkpointing):
     data = [{"input_ids": ids, "labels": ids} for ids in rows()]
-    losses = []
-    for applied in (False, True):
-        model = model_of("llama")
-        if applied:
-            lkt.apply(model)
-        options = TrainingArguments(
-            tmp_path, gradient_checkpointing=checkpointing, remove_unused_columns=False, **COMMON
-        )
-        losses.append(losses_of(Trainer(model, options, train_dataset=data)))
-    assert_stock(losses)
+    options = TrainingArguments(
+        tmp_path, gradient_checkpointing=checkpointing, remove_unused_columns=False, **COMMON
+    )
+    assert_stock(
+        *on_three_models(lambda model: losses_of(Trainer(model, options, train_dataset=data)))
+    )
     assert calls["decoder_block"] == STEPS * ACCUMULATED * LAYERS
     assert calls["linear_cross_entropy"] == STEPS * ACCUMULATED
 
@@ -67,22 +74,19 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sft_trainer(tmp_path, calls, layout):  # noqa: F811
+def test_sft_trainer(tmp_path, calls, layout):
     """Its loss is its own fused one, which also counts entropies; our blocks serve the rest."""
     words = models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(words), pad_token="t0", eos_token="t1"
     )
     data = Dataset.from_list([{"input_ids": ids} for ids in rows(ragged=True)])
-    losses = []
-    for applied in (False, True):
-        model = model_of("llama")
-        if applied:
-            lkt.apply(model)
+
+    def train(model):
         options = SFTConfig(str(tmp_path), **COMMON, **LAYOUTS[layout])
-        trainer = SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
-        losses.append(losses_of(trainer))
-    assert_stock(losses)
+        return losses_of(SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer))
+
+    assert_stock(*on_three_models(train))
     assert calls["decoder_block"] == STEPS * ACCUMULATED * LAYERS
 
 
@@ -104,7 +108,7 @@ import json, sys
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
-from test_apply import model_of
+from apply_cases import model_of
 from test_trainers import STEPS, rows
 import llamapro_kernels as lk
 from llamapro_kernels.integrations import transformers as lkt
@@ -121,7 +125,7 @@ model.requires_grad_(False)
 model.model.layers[1].requires_grad_(True)
 if sys.argv[1] == "applied":
     lkt.apply(model)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 model, optimizer = accelerator.prepare(model, optimizer)
 assert all(isinstance(p, DTensor) for p in model.parameters())
 losses = []
@@ -138,6 +142,18 @@ torch.distributed.destroy_process_group()
 """
 
 
+def exact_losses():
+    """Those of the script above, of one process in fp64."""
+    model = model_of("llama", torch.float64)
+    model.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.model.layers[1].requires_grad_(True).parameters(), lr=0.1)
+    losses = []
+    for tokens in torch.tensor(rows(2 * STEPS)).view(STEPS, 2, LENGTH):
+        losses.append(gradients(model, {"input_ids": tokens, "labels": tokens})["loss"].item())
+        optimizer.step()
+    return losses
+
+
 def test_accelerate_fsdp2(tmp_path):
     """Two processes, one of three blocks trained: sharded weights, in pieces."""
     script = tmp_path / "script.py"
@@ -146,11 +162,11 @@ def test_accelerate_fsdp2(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     environment |= {"ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": ""}
     results = []
-    for applied in ("stock", "applied"):
+    for side in ("applied", "stock"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", "2", str(script), applied]
+        command += ["--nproc-per-node", "2", str(script), side]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    assert_stock([result["losses"] for result in results])
-    assert [result["blocks"] for result in results] == [0, STEPS * LAYERS]
+    assert_stock(*[result["losses"] for result in results], exact_losses())
+    assert [result["blocks"] for result in results] == [STEPS * LAYERS, 0]

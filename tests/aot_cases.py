@@ -66,6 +66,12 @@ def norm_cases(add):
                     *(rstd, dtype if want_weight else None),
                 ),
             )
+    for width in (576, 4096, 16384):
+        x, columns, rstd = meta(BF16, 2048, width), meta(FP32, width), meta(FP32, 2048, 1)
+        name, weight = f"bf16 {width} 8 bits", meta(BF16, width)
+        yield name, "quantized", (x, *([x] if add else []), weight, 1e-5)
+        if add:
+            yield f"{name} dx", "backward_quantized", (x, x, x, weight, rstd, columns)
 
 
 def swiglu_cases():
@@ -73,6 +79,18 @@ def swiglu_cases():
         y, gate_up = meta(dtype, 2048, width), meta(dtype, 2048, 2 * width)
         yield f"{NAMES[dtype]} {width}", "forward", (gate_up,)
         yield f"{NAMES[dtype]} {width}", "backward", (y, gate_up)
+    for width in (1536, 11008, 14336):
+        y, gate_up = meta(BF16, 2048, width), meta(BF16, 2048, 2 * width)
+        name, columns = f"bf16 {width} 8 bits", meta(FP32, 2 * width)
+        yield name, "quantized", (gate_up,)
+        yield name, "backward_quantized", (y, gate_up, columns)
+
+
+def quantize_cases():
+    for dtype, width in ((BF16, 576), (BF16, 4096), (BF16, 32768), (FP32, 4096)):
+        x, columns = meta(dtype, 2048, width), meta(FP32, width)
+        yield f"{NAMES[dtype]} {width}", "forward", (x, None)
+        yield f"{NAMES[dtype]} {width} columns", "forward", (x, columns)
 
 
 def rope_cases():
@@ -148,9 +166,12 @@ CASES = {
     "flash_attention": attention_cases,
     "linear_cross_entropy": cross_entropy_cases,
     "linear_swiglu": linear_swiglu_cases,
+    "quantize_rows": quantize_cases,
 }
 OPS = [op for op in CASES if "triton" in library._ops[op].implementations]
 # Exact fp32 attention takes the compiler longest, and has the same code on all NVIDIA chips.
+# Elsewhere there are no such numbers, and nothing is launched in 8 bits.
+UNITS = {"sm_90", "sm_100"}
 SKIPPED = {("flash_attention", "fp32", target) for target in ("sm_80", "sm_86", "sm_100")}
 
 
@@ -172,7 +193,8 @@ def launches(target):
     rows = {}
     for op in OPS:
         for case, kind, arguments in CASES[op]():
-            if (op, case.split()[0], target) in SKIPPED:
+            in_8_bits = op == "quantize_rows" or kind.endswith("quantized")
+            if (op, case.split()[0], target) in SKIPPED or (in_8_bits and target not in UNITS):
                 continue
             function = library._ops[op].implementations["triton"][kind]
             for launch in recorded(target, op, case, function, arguments):

@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from aot_cases import CASES, OPS, TARGETS, launches  # noqa: E402
+from aot_cases import CASES, OPS, TARGETS, UNITS, launches  # noqa: E402
 
 from llamapro_kernels import library  # noqa: E402
 
@@ -159,7 +159,8 @@ def read_table():
 
 def test_every_op_has_cases():
     served = {name for name, op in library._ops.items() if "triton" in op.implementations}
-    assert served <= CASES.keys()
+    launch_the_same = {"linear_cross_entropy_frozen"}  # as linear_cross_entropy
+    assert served - launch_the_same <= CASES.keys()
 
 
 def test_a_table_is_recorded_of_what_is_launched():
@@ -174,8 +175,8 @@ def test_a_table_is_recorded_of_what_is_launched():
 @pytest.mark.parametrize("target", TARGETS)
 def test_within_limits_and_no_worse_than_recorded(target, op):
     rows = {row: launch for row, launch in launches(target).items() if launch.op == op}
-    if not rows and target == "sm_86":
-        pytest.skip("the tiles of sm_80")
+    if not rows and (target == "sm_86" or op == "quantize_rows" and target not in UNITS):
+        pytest.skip("the tiles of sm_80, or no 8 bits")
     assert rows, "nothing is launched"
     table, problems = read_table() or {}, []
     for row, (launch, found) in compile_all(rows).items():

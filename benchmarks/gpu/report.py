@@ -5,6 +5,8 @@ import statistics
 UNITS = {"flops": (1e12, "TFLOP/s"), "bytes": (1e9, "GB/s")}
 SIDES = {  # of a step, as a reader knows them
     "ours": "this library",
+    "8bit": "this library, frozen in 8 bits",
+    "8bit-compact": "this library, frozen in 8 bits, compact",
     "composition": "our model in plain PyTorch, SDPA",
     "transformers": "transformers",
     "transformers apply": "transformers after `apply`",
@@ -143,10 +145,10 @@ def step_markdown(report: dict) -> str:
     profiled = [row for row in rows if "GPU ms" in row]
     if profiled:
         kinds = list(profiled[0]["GPU ms"])
-        lines += ["", *table((*head[:3], "planned GB", "step ms", *(f"{k}, ms" for k in kinds)))]
+        lines += ["", *table((*head[:4], "planned GB", "step ms", *(f"{k}, ms" for k in kinds)))]
     for row in profiled:
         spent = [f"{row['GPU ms'][kind]:.1f}" for kind in kinds]
-        lines.append(cells(*step_about(row)[:3], row["planned GB"], row["step ms"], *spent))
+        lines.append(cells(*step_about(row), row["planned GB"], row["step ms"], *spent))
     return "\n".join(lines)
 
 

@@ -51,17 +51,24 @@ TINY = {
     **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
     "num_attention_heads": 4,
 }
-# (model, its shape, new blocks, placement or "all" for training everything, rows of 4096 tokens)
+SMOLLM2_135M = {
+    **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536},
+    **{"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
+    "tie_word_embeddings": True,
+}
+# (model, its shape, new blocks, placement or "all" for training everything, rows, their tokens)
 MODELS = [
-    ("Llama-2-7B + 8", LLAMA2_7B, 8, "interleaved", 2),
-    ("Llama-2-7B + 8", LLAMA2_7B, 8, "suffix", 4),
-    ("Llama-3.2-1B + 4", LLAMA32_1B, 4, "interleaved", 4),
-    ("Llama-3-8B + 8", LLAMA3_8B, 8, "interleaved", 1),
-    ("Llama-3.2-1B", LLAMA32_1B, 0, "all", 2),
+    ("Llama-2-7B + 8", LLAMA2_7B, 8, "interleaved", 2, 4096),
+    ("Llama-2-7B + 8", LLAMA2_7B, 8, "suffix", 4, 4096),
+    ("SmolLM2-135M + 6", SMOLLM2_135M, 6, "interleaved", 16, 1024),
+    ("Llama-3.2-1B + 4", LLAMA32_1B, 4, "interleaved", 4, 4096),
+    ("Llama-3-8B + 8", LLAMA3_8B, 8, "interleaved", 1, 4096),
+    ("Llama-3.2-1B", LLAMA32_1B, 0, "all", 2, 4096),
 ]
 LIGER = ("transformers Liger checkpointing", "transformers Liger")
+OURS = {"ours": "bf16", "8bit": "8bit", "8bit-compact": "8bit-compact"}  # how the frozen are held
 SIDES = (
-    *("ours", "transformers apply", "transformers checkpointing", "transformers"),
+    *(*OURS, "transformers apply", "transformers checkpointing", "transformers"),
     *(LIGER if importlib.util.find_spec("liger_kernel") else ()),
     "composition",
 )
@@ -70,6 +77,7 @@ KERNELS = {  # parts of the names of what runs on the GPU in our step
     "matrix products": ("nvjet", "gemm", "cutlass", "xmma"),
     "attention": ("attention_",),
     "norms, SwiGLU, RoPE": ("rms_norm", "sum_of_rows", "swiglu", "rope"),
+    "quantizing": ("quantize_rows",),
     "loss": ("cross_entropy", "dlogits"),
     "optimizer": ("multi_tensor",),
 }
@@ -137,21 +145,26 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
     torch.manual_seed(0)
     config = configuration(shape, new_blocks, placement)
     trainable = None if placement == "all" else tuple(config.new_blocks)
-    work = Workload(config, trainable, batch, length, torch.bfloat16, device)
+    frozen = OURS.get(side, "bf16")
+    work = Workload(config, trainable, batch, length, torch.bfloat16, device, frozen)
     recompute = ["none"] * len(work.blocks)
-    if device == "cuda" and side == "ours":
+    if device == "cuda" and side in OURS:
         recompute = choose_recompute(
             work, USABLE * torch.cuda.get_device_properties(0).total_memory
         )
     if side == "composition":
         lk.decoder_block = composition
-    if side in ("ours", "composition"):
+    if side in OURS or side == "composition":
         model, blocks, loss_of = our_model(config, recompute, device)
     else:
         model, blocks, loss_of = their_model(config, side, device)
     model.requires_grad_(trainable is None)
     for i in work.trained:
         blocks[i].requires_grad_(True)
+    if frozen != "bf16":
+        model.freeze_in_8_bits(compact=frozen == "8bit-compact")
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # a run loads a block at a time
     optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.95))
     rows = torch.randint(config.vocab_size, (batch, length + 1), device=device)
 
@@ -177,7 +190,7 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
         "loss": round(loss.item(), 3),
         "step ms": round(1e3 * median, 1),
     }
-    if side == "ours":
+    if side in OURS:
         row["planned GB"] = round(memory(work, recompute)["total"] / 1e9, 2)
         row["recompute"] = {kind: recompute.count(kind) for kind in sorted(set(recompute))}
         if device == "cuda":
@@ -202,8 +215,9 @@ def in_order():
     """The first model on every side, then ours and the peers in turn of all others."""
     first, *others = MODELS
     yield from itertools.product((first,), SIDES)
-    for side in SIDES:
-        yield from itertools.product(others, (side,))
+    for side, model in itertools.product(SIDES, others):
+        if "all" not in model or OURS.get(side, "bf16") == "bf16":
+            yield model, side
 
 
 def row_in_a_process(arguments):
@@ -239,11 +253,11 @@ def main():
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = options.out / f"step-{slug}-{datetime.date.today()}.json"
     began = time.monotonic()
-    for (model, shape, new_blocks, placement, batch), side in in_order():
+    for (model, shape, new_blocks, placement, batch, length), side in in_order():
         if time.monotonic() - began > 60 * options.minutes:
             break
         small = (TINY, min(new_blocks, 2), placement, 2, 64)
-        sizes = small if options.tiny else (shape, new_blocks, placement, batch, 4096)
+        sizes = small if options.tiny else (shape, new_blocks, placement, batch, length)
         row = {"model": model, "placement": placement, "batch": sizes[3], "length": sizes[4]}
         row |= {"side": side}
         row |= row_in_a_process((side, *sizes, device))

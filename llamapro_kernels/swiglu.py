@@ -31,6 +31,8 @@ from llamapro_kernels.quantize import (
     then_quantized,
 )
 
+WIDE_TILE = {"ROWS": 1, "BLOCK": 4096, "num_warps": 8}
+
 
 def swiglu_reference(gate_up):
     """Ground truth: silu(gate) * up in gate_up's dtype."""
@@ -93,22 +95,44 @@ def swiglu_backward_quantized_kernel(
     dy, gate_up, columns, values, scale, rows, width, dy_row, dy_col, gate_up_row, gate_up_col,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS whole rows of dgate_up * columns, likewise."""
-    row, column, mask = _tile_indices(rows, width, ROWS, BLOCK)
+    """ROWS whole rows of dgate_up * columns, likewise, in two loops: a wide row's three inputs and
+    two outputs are more than there are registers. The second loop finds them in the cache."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    dy += row * dy_row
     gate_up += row * gate_up_row
+    values += row * 2 * width
+    peak = tl.zeros([ROWS, 1], tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+        mask = (row < rows) & (column < width)
+        dgate, dup = _scaled_gradients(
+            dy, gate_up, columns, column, width, mask, dy_col, gate_up_col
+        )
+        peak = tl.maximum(peak, tl.maximum(row_peak(dgate), row_peak(dup)))
+    factor, inverse = row_scale(peak)
+    tl.store(scale + row, factor, mask=row < rows)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :].to(tl.int64)
+        mask = (row < rows) & (column < width)
+        dgate, dup = _scaled_gradients(
+            dy, gate_up, columns, column, width, mask, dy_col, gate_up_col
+        )
+        tl.store(values + column, rounded(dgate * inverse), mask=mask)
+        tl.store(values + width + column, rounded(dup * inverse), mask=mask)
+
+
+@gpu.jit
+def _scaled_gradients(dy, gate_up, columns, column, width, mask, dy_col, gate_up_col):
+    """Both gradients, rounded to gate_up's dtype, times their columns."""
     g = tl.load(gate_up + column * gate_up_col, mask=mask, other=0).to(tl.float32)
     u = tl.load(gate_up + (column + width) * gate_up_col, mask=mask, other=0).to(tl.float32)
-    dy = tl.load(dy + row * dy_row + column * dy_col, mask=mask, other=0).to(tl.float32)
+    dy = tl.load(dy + column * dy_col, mask=mask, other=0).to(tl.float32)
     sigmoid = tl.sigmoid(g)
     dgate = (dy * u * sigmoid * (1 + g * (1 - sigmoid))).to(gate_up.dtype.element_ty)
     dup = (dy * g * sigmoid).to(gate_up.dtype.element_ty)
-    dgate = dgate.to(tl.float32) * tl.load(columns + column, mask=column < width, other=0)
-    dup = dup.to(tl.float32) * tl.load(columns + width + column, mask=column < width, other=0)
-    factor, inverse = row_scale(tl.maximum(row_peak(dgate), row_peak(dup)))
-    tl.store(scale + row, factor, mask=row < rows)
-    values += row * 2 * width + column
-    tl.store(values, rounded(dgate * inverse), mask=mask)
-    tl.store(values + width, rounded(dup * inverse), mask=mask)
+    gate_scale = tl.load(columns + column, mask=column < width, other=0)
+    up_scale = tl.load(columns + width + column, mask=column < width, other=0)
+    return dgate.to(tl.float32) * gate_scale, dup.to(tl.float32) * up_scale
 
 
 @gpu.jit
@@ -154,11 +178,9 @@ def swiglu_quantized(gate_up):
 
 
 def swiglu_backward_quantized(dy, gate_up, columns):
-    if dy.shape[-1] > ONE_PASS_WIDTH:
-        return quantize_rows_forward(swiglu_backward(dy, gate_up), columns)
     values, scale = fake_rows(gate_up, columns)
     dy, gate_up = library.as_rows(dy), library.as_rows(gate_up)
-    tile = gpu.row_tile(dy)
+    tile = gpu.row_tile(dy) if dy.shape[1] <= WIDE_TILE["BLOCK"] else WIDE_TILE
     gpu.launch(
         swiglu_backward_quantized_kernel,
         (triton.cdiv(len(dy), tile["ROWS"]),),

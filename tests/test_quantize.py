@@ -93,11 +93,11 @@ def test_rows_too_wide_for_one_pass(backend, dtype, monkeypatch):
 def test_ops_write_rows_as_a_second_step_would(backend, dtype, width, wide, monkeypatch):
     """Bit for bit: y, or the gradient, is rounded to its own dtype first."""
     if wide:
+        tile = {"ROWS": 1, "BLOCK": 32, "num_warps": 4}
         for module in ("swiglu", "rms_norm_triton"):
             module = importlib.import_module(f"llamapro_kernels.{module}")
             monkeypatch.setattr(module, "ONE_PASS_WIDTH", 4)
-        tile = {"ROWS": 1, "BLOCK": 32, "num_warps": 4}
-        monkeypatch.setattr("llamapro_kernels.rms_norm_triton.WIDE_TILE", tile)
+            monkeypatch.setattr(module, "WIDE_TILE", tile)
     torch.manual_seed(0)
     x, residual, dy, dsum = (torch.randn(2, 3, width, device=DEVICE).to(dtype) for _ in range(4))
     weight, gate_up = torch.randn(width), torch.randn(2, 3, 2 * width)

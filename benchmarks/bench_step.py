@@ -93,8 +93,7 @@ def stepper(model, loss_of, batch, length, backward=True):
         loss = loss_of(model, tokens, targets)
         if backward:
             loss.backward()
-        optimizer.clip_and_check(loss, 1)
-        optimizer.step(1e-4)
+        optimizer.step(1e-4, loss, 1)
         return (loss.detach(),)
 
     return step

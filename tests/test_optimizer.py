@@ -29,13 +29,55 @@ def test_it_takes_the_steps_of_torch_optim(tiny):
     adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
     for loss, other in zip(losses(ours), losses(theirs), strict=True):
         loss.backward()
-        optimizer.step(1e-2)
+        optimizer.step(1e-2, loss, 1)
         other.backward()
         adamw.step()
         adamw.zero_grad()
     assert not torch.equal(ours.norm, tiny().norm)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_large_gradient_is_clipped_as_pytorch_does(tiny):
+    """To the rounding of a division in the place of a product."""
+    ours, theirs = tiny(), tiny()
+    optimizer = Optimizer(ours, max_grad_norm=0.01, weight_decay=0.0, betas=(0.9, 0.95))
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for loss, other in zip(losses(ours), losses(theirs), strict=True):
+        loss.backward()
+        norm = optimizer.step(1e-2, loss, 1)
+        other.backward()
+        assert norm > 0.01
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.01)
+        assert norm == pytest.approx(expected.item(), rel=1e-5)
+        adamw.step()
+        adamw.zero_grad()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing(tiny, what):
+    """Neither masters nor moments nor the count, though the step is queued before it is known."""
+    model = tiny().to(torch.bfloat16)
+    optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+    batches = losses(model, 3)
+    first = next(batches)
+    first.backward()
+    optimizer.step(1e-2, first, 1)
+    before = copy.deepcopy((model.state_dict(), optimizer.state(), optimizer.steps))
+    second = next(batches)
+    (second * (torch.inf if what == "gradient" else 1)).backward()
+    with pytest.raises(FloatingPointError, match=r"step 2: .* the step was not taken"):
+        optimizer.step(1e-2, second * (torch.nan if what == "loss" else 1), 2)
+    for then, now in zip(
+        before, (model.state_dict(), optimizer.state(), optimizer.steps), strict=True
+    ):
+        assert all(torch.equal(then[name], now[name]) for name in then)
+    third = next(batches)
+    third.backward()
+    optimizer.step(1e-2, third, 3)
+    assert {count.item() for count in optimizer.steps.values()} == {2}
 
 
 def test_a_loaded_state_goes_on(tiny):
@@ -49,10 +91,10 @@ def test_a_loaded_state_goes_on(tiny):
             other = Optimizer(twin, **options)
             other.load_state(copy.deepcopy(optimizer.state()), step=2)
         loss.backward()
-        optimizer.step(1e-2)
+        optimizer.step(1e-2, loss, 1)
     for loss in itertools.islice(losses(twin), 2, None):
         loss.backward()
-        other.step(1e-2)
+        other.step(1e-2, loss, 1)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -96,8 +138,7 @@ optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.
 tokens = torch.zeros(1, 4, dtype=torch.long)
 loss = model.loss(tokens, tokens)
 loss.backward()
-optimizer.clip_and_check(loss, 1)
-optimizer.step(1e-3)
+optimizer.step(1e-3, loss, 1)
 assert "torch._dynamo" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

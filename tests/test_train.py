@@ -131,7 +131,7 @@ def test_accumulation_is_exact(config, tiny):
 
         optimizer = optimizer_of(model, max_grad_norm=1e9)
         grads = {}
-        optimizer.step = lambda lr, o=optimizer, g=grads: g.update(
+        optimizer.step = lambda *_, o=optimizer, g=grads: g.update(
             {n: m.grad.clone() for n, (_, m) in o.pairs.items()}
         )
         metrics = take_step(model, optimizer, Fixed(), micro, 0)
@@ -153,7 +153,7 @@ def test_bf16_weights_follow_fp32_masters(config):
     for _ in range(100):
         for _, m in optimizer.pairs.values():
             m.grad = torch.ones_like(m)
-        optimizer.step(1e-4)
+        optimizer.step(1e-4, torch.zeros(()), 1)
     moved = start - parameter.detach().float()
     assert name == "blocks.2.attention_norm"
     # 100 steps of 1e-4 from 1: to half a spacing of bf16 below 1. Alone, bf16 would not move.

@@ -171,8 +171,7 @@ def measure(side, shape, new_blocks, placement, batch, length, device):
     def step():
         loss = loss_of(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         loss.backward()
-        optimizer.clip_and_check(loss, 1)  # waits for the device
-        optimizer.step(1e-5)
+        optimizer.step(1e-5, loss, 1)  # waits for the device
         return loss
 
     seconds = []

@@ -121,8 +121,7 @@ def take_step(model, optimizer, rows: TokenDataset, config: TrainConfig, step: i
         (summed / valid).backward()
         loss += summed.detach() / valid
     learning_rate = schedule(config, step)
-    norm = optimizer.clip_and_check(loss, step + 1)
-    optimizer.step(learning_rate)
+    norm = optimizer.step(learning_rate, loss, step + 1)
     return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": learning_rate}
 
 

@@ -1,7 +1,5 @@
 """AdamW for a model that is mostly frozen."""
 
-import math
-
 import torch
 from torch.optim.adamw import adamw
 
@@ -54,27 +52,20 @@ class Optimizer:
         parameter.register_post_accumulate_grad_hook(collect)
         return master
 
-    def clip_and_check(self, loss: torch.Tensor, step: int) -> float:
-        """Clip the gradient and return its norm; raises before anything non-finite is applied."""
-        masters = [master for _, master in self.pairs.values()]
-        norm = torch.nn.utils.clip_grad_norm_(masters, self.max_grad_norm).item()
-        if not (math.isfinite(norm) and math.isfinite(loss.item())):
-            raise FloatingPointError(
-                f"step {step}: loss {loss.item()} and gradient norm {norm}, finite ones expected;"
-                " the step was not taken"
-            )
-        return norm
-
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Matrices decay, vectors do not."""
+    def step(self, learning_rate: float, loss: torch.Tensor, number: int) -> float:
+        """Take step `number` with the clipped gradient, and return its norm.
+
+        Matrices decay, vectors do not. A norm or a loss that is not finite leaves everything as it
+        was, gradients apart: the device looks at them itself, and is waited for only when the whole
+        step is queued. Then it is a FloatingPointError.
+        """
+        held = {n: m for n, (_, m) in self.pairs.items() if m.grad is not None}
+        norm = torch.nn.utils.get_total_norm([master.grad for master in held.values()])
+        finite = norm.isfinite() & loss.isfinite()
         for decay, matrices in ((self.weight_decay, True), (0.0, False)):
-            names = [
-                name
-                for name, (_, master) in self.pairs.items()
-                if master.grad is not None and (master.dim() > 1) == matrices
-            ]
-            masters = [self.pairs[name][1] for name in names]
+            names = [name for name, master in held.items() if (master.dim() > 1) == matrices]
+            masters = [held[name] for name in names]
             adamw(
                 masters,
                 [master.grad for master in masters],
@@ -82,6 +73,8 @@ class Optimizer:
                 [],
                 [self.steps[name] for name in names],
                 fused=True,
+                grad_scale=((norm + 1e-6) / self.max_grad_norm).clamp(min=1),  # as PyTorch clips
+                found_inf=(~finite).float(),
                 amsgrad=False,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -90,9 +83,15 @@ class Optimizer:
                 eps=1e-8,
                 maximize=False,
             )
-            for master in masters:
-                master.grad = None
+        for master in held.values():
+            master.grad = None
         self.copy_to_model()
+        if not finite:  # waits for the device
+            raise FloatingPointError(
+                f"step {number}: loss {loss.item()} and gradient norm {norm.item()}, finite ones"
+                " expected; the step was not taken"
+            )
+        return norm.item()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masters and moments, by parameter name; the step count is the caller's."""
@@ -126,6 +125,6 @@ class Optimizer:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        for parameter, master in self.pairs.values():
-            if parameter is not master:
-                parameter.copy_(master)
+        pairs = [pair for pair in self.pairs.values() if pair[0] is not pair[1]]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))

@@ -335,7 +335,8 @@ class Backward {
   }
 
   // delta = rowsum(do * o), in the order of the products do v^T: of a query whose weight is all on
-  // one key, o is that key's v, and ds is exactly 0.
+  // one key, o is that key's v, and ds is exactly 0. (With tiles, which sum in another order, it is
+  // what fp32 rounds.)
   void take_delta(const Head<T>& o) {
     for (int64_t first = 0; first < padded_queries_; first += QUERIES) {
       const int64_t lanes = whole_lanes<Element>(std::min(QUERIES, o.count - first));

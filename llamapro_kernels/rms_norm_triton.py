@@ -34,7 +34,6 @@ def rms_norm_forward_kernel(
         tl.store(total + row * width + column, value, mask=mask)
     scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / width + eps)
     w = _load(weight + column * weight_col, column < width)
-    tl.store(rstd + row, scale, mask=row < rows)
     value = value * scale * w
     if y_scale is not None:
         value = value.to(x.dtype.element_ty).to(tl.float32)
@@ -42,6 +41,7 @@ def rms_norm_forward_kernel(
         tl.store(y_scale + row, factor, mask=row < rows)
         value = rounded(value * inverse)
     tl.store(y + row * width + column, value, mask=mask)
+    tl.store(rstd + row, scale, mask=row < rows)
 
 
 @gpu.jit

@@ -204,15 +204,9 @@ def _backward(dy, saved, w, settings, needed):
 
 def _mlp_backward(dy, saved, w, settings, needed, grads):
     """Compute dh, also as the product with o_proj reads it."""
-    dinner = input_gradient(dy, w.down_proj)  # (B, T, I)
-    frozen = in_rows(w.gate_up)
-    if frozen is not None and not needed.weights.gate_up_bias:
-        rows = ops.swiglu_backward_quantized(dinner, saved.gate_up, frozen.columns)
-        dgate_up = QuantizedRows.flat(*rows, dy.dtype)
-    else:
-        dgate_up = ops.swiglu_backward(dinner, saved.gate_up).flatten(0, 1)  # (B T, 2 I)
-        normed = partial(_normed, saved.h, w.mlp_norm, settings)
-        _projection_gradients(grads, "gate_up", w, needed, dgate_up, normed)
+    dgate_up = _dgate_up(dy, saved, w, needed)  # (B T, 2 I)
+    normed = partial(_normed, saved.h, w.mlp_norm, settings)
+    _projection_gradients(grads, "gate_up", w, needed, dgate_up, normed)
     if not needed.normed_h:
         return None, None
     dnormed = input_gradient(dgate_up, w.gate_up).view(dy.shape)
@@ -226,6 +220,15 @@ def _mlp_backward(dy, saved, w, settings, needed, grads):
         dnormed, dy, saved.h, w.mlp_norm, saved.h_rstd, needed.h, needed.weights.mlp_norm
     )
     return dh, dh
+
+
+def _dgate_up(dy, saved, w, needed):
+    """The gradient of gate_up; in 8 bits where the product with gate_up alone reads it."""
+    dinner, frozen = input_gradient(dy, w.down_proj), in_rows(w.gate_up)  # (B, T, I)
+    if frozen is None or needed.weights.gate_up_bias:
+        return ops.swiglu_backward(dinner, saved.gate_up).flatten(0, 1)
+    rows = ops.swiglu_backward_quantized(dinner, saved.gate_up, frozen.columns)
+    return QuantizedRows.flat(*rows, dy.dtype)
 
 
 def _attention_backward(dh, for_o_proj, saved, w, settings, needed, grads):
@@ -292,12 +295,12 @@ def _projection_gradients(grads, name, w, needed, dy, x):
     x is computed where it is needed.
     """
     bias = f"{name}_bias"
-    dy = dy.flatten(0, -2)  # (B T, out)
     if getattr(needed.weights, name):
-        wanted = getattr(needed.pieces, name)
-        grads[name] = weight_gradient(dy, x().flatten(0, 1), getattr(w, name), wanted)
+        wanted, dy_rows = getattr(needed.pieces, name), dy.flatten(0, -2)  # (B T, out)
+        grads[name] = weight_gradient(dy_rows, x().flatten(0, 1), getattr(w, name), wanted)
     if getattr(needed.weights, bias):
-        grads[bias] = bias_gradient(dy, getattr(w, bias), getattr(needed.pieces, bias))
+        wanted = getattr(needed.pieces, bias)
+        grads[bias] = bias_gradient(dy.flatten(0, -2), getattr(w, bias), wanted)
 
 
 class _Block(torch.autograd.Function):

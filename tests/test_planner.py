@@ -318,7 +318,7 @@ def test_the_plan_as_it_is_printed():
 
 
 def test_a_placement_that_does_not_fit_is_named_and_the_others_are_planned():
-    text = plan(LLAMA2_7B, 8, PLACEMENTS, 24, 4096, limit=76e9)
+    text = plan(LLAMA2_7B, 8, PLACEMENTS, 24, 4096, limit=76e9, frozen="bf16")
     assert "| suffix" in text and "interleaved does not fit: a batch of 24 x 4096" in text
     with pytest.raises(
         ValueError, match=r"of them for weights and optimizer.*largest batch size 0"

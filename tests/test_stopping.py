@@ -10,6 +10,16 @@ from llamapro.train.stopping import asked_to_stop
 from run_files import records
 
 
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+    """As under a shell, also where the tests were started with nohup or in the background."""
+    handlers = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def signals_at(monkeypatch):
     """Sends this process some signals in the step of this number."""

@@ -10,7 +10,7 @@ of w. A GPU multiplies 8 bits with both operands' sums along memory, so dx reads
 transposed: kept beside the other ("fast": the bytes of 16 bits), or made anew each time
 (`compact`: half of that).
 
-GPUs from sm_90 on multiply in 8 bits, with the sums in fp32. Others, and matrices whose sizes are
+GPUs from sm_90 on multiply in 8 bits, see `scaled_matmul`. Others, and matrices whose sizes are
 no multiples of 16, multiply x in its own dtype by a copy of one matrix in it. A CPU multiplies what
 a GPU would, rounded to the same 8 bits, in x's dtype.
 

@@ -183,10 +183,10 @@ def visible_pairs(queries: int, keys: int, causal: bool = True, window: int | No
     """How many (query, key) pairs attention looks at: 4 D FLOPs each, for each head, forward."""
     if not causal:
         return queries * keys
-    first = max(0, keys - queries) + 1
-    seen = range(first, first + min(queries, keys))  # by the queries that see any key
+    first, queries = max(0, keys - queries) + 1, min(queries, keys)  # of those that see any key
     most = keys if window is None else window
-    return sum(min(count, most) for count in seen)
+    growing = min(max(0, most - first + 1), queries)  # see one key more than the query before
+    return growing * (2 * first + growing - 1) // 2 + (queries - growing) * most
 
 
 def _flops(q, k, v, cu_seqlens, causal, scale, window, *, out_shape=None):

@@ -6,7 +6,6 @@ together. Each is exact. Elementwise work is not counted.
 
 from dataclasses import dataclass
 
-from llamapro_kernels.attention import visible_pairs
 from llamapro_kernels.frozen import ALIGNED
 
 
@@ -36,22 +35,21 @@ class BlockShape:
 
 def flops(
     shape: BlockShape,
-    batch: int,
-    length: int,
+    tokens: int,
+    pairs: int,
     *,
-    window: int | None = None,
     backward: bool,
     trained: bool,
     recompute: str,
 ) -> dict[str, int]:
     """FLOPs of one step of a block, by what they are for.
 
-    Each multiplication and each addition of a matrix product counts. window: as attention takes it;
-    backward: whether gradients pass through the block; trained: whether its weights have some.
+    Each multiplication and each addition of a matrix product counts. pairs: of a query and a key it
+    sees, see `visible_pairs`; backward: whether gradients pass through the block; trained: whether
+    its weights have some.
     """
-    tokens = batch * length
     matrices = 2 * tokens * shape.matrices
-    attention = 4 * batch * shape.queries * visible_pairs(length, length, window=window)
+    attention = 4 * pairs * shape.queries
     recomputed = {
         "none": 0,
         "mlp": 4 * tokens * shape.width * shape.inner,  # gate_up

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llamapro.data.tokens import load_tokens
 from llamapro.proof import frozen_verdict
 from llamapro.report import command
 from llamapro.train import TrainConfig
@@ -93,10 +94,14 @@ def test_what_others_say_on_lines_is_said_on_one():
 
 
 def test_eval_prints_json(run, tiny_path, token_data):
-    code, out = run("eval", tiny_path, token_data(), "--seq-len", 16, "--dtype", "float32")
-    result = json.loads(out)
-    assert code is None and result["tokens"] == 592
-    assert result["perplexity"] == pytest.approx(2.718281828459045 ** result["loss"])
+    data = token_data()
+    documents = len(load_tokens(data, "heldout", 61).ends)
+    for packing, tokens in (("wrapped", 592), ("bfd", 600 - documents)):
+        options = ("--seq-len", 16, "--dtype", "float32", "--packing", packing)
+        code, out = run("eval", tiny_path, data, *options)
+        result = json.loads(out)
+        assert code is None and result["tokens"] == tokens
+        assert result["perplexity"] == pytest.approx(2.718281828459045 ** result["loss"])
 
 
 def test_an_evaluation_of_nothing_or_that_gives_no_number(
@@ -137,10 +142,12 @@ def test_report_measures_all_models(run, trained, monkeypatch, tmp_path):
     commands = [line for line in page.splitlines() if line.startswith("llamapro train")]
     for run_directory, words in zip(runs, map(shlex.split, commands), strict=True):
         config = tyro.cli(TrainConfig, args=words[2:])
-        assert asdict(config) == json.loads((run_directory / "config.json").read_text()) | {
-            "betas": (0.9, 0.95)
-        }
-    assert "Each run saw 128 tokens, the same in the same order." in page
+        assert asdict(config) == asdict(
+            TrainConfig(**json.loads((run_directory / "config.json").read_text()))
+        )
+        metrics = map(json.loads, (run_directory / "metrics.jsonl").read_text().splitlines())
+        tokens = sum(m.get("tokens", 0) for m in metrics)
+    assert f"Each run saw {tokens} tokens, the same in the same order." in page
     assert page.count("| expanded, new blocks trained |") == 1
 
 

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import llamapro_kernels as lk
 from llamapro_kernels import cost
+from llamapro_kernels.attention import visible_pairs
 from llamapro_kernels.block import RECOMPUTE
 
 DIM, BATCH, LENGTH = 16, 2, 24
@@ -56,8 +57,7 @@ def test_flops_are_exact(shape, recompute, needed, window):
         y = lk.decoder_block(x, weights, *table, window=window, recompute=recompute)
         y.backward(torch.ones_like(y))
     counted = cost.flops(
-        *(shape, BATCH, LENGTH),
-        window=window,
+        *(shape, BATCH * LENGTH, BATCH * visible_pairs(LENGTH, LENGTH, window=window)),
         backward=True,
         trained=needed != "frozen",
         recompute=recompute,
@@ -71,8 +71,9 @@ def test_flops_below_the_lowest_trained_block_are_exact(shape, recompute):
     x, weights, table = block(shape, (False, False), device="meta")
     with FlopCounterMode(display=False) as counter:
         lk.decoder_block(x, weights, *table, recompute=recompute)
+    pairs = BATCH * visible_pairs(LENGTH, LENGTH)
     counted = cost.flops(
-        *(shape, BATCH, LENGTH), backward=False, trained=False, recompute=recompute
+        *(shape, BATCH * LENGTH, pairs), backward=False, trained=False, recompute=recompute
     )
     assert counter.get_total_flops() == sum(counted.values())
 

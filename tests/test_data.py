@@ -13,7 +13,7 @@ from llamapro.data.prepare import prepare
 from llamapro.data.tokens import DataError, TokenDataset, fingerprint, load_tokens
 from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
 from llamapro.tokenizer import load_tokenizer
-from run_files import flip
+from run_files import flip, one_document
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def corpus(tmp_path):
 
 def documents(directory, part, vocab=300):
     tokens = load_tokens(directory, part, vocab)
-    return [tuple(d) for d in np.split(tokens, np.flatnonzero(tokens == 0) + 1)[:-1]]
+    return [tuple(d) for d in np.split(tokens.ids, tokens.ends)[:-1]]
 
 
 def texts(directory, tokenizer):
@@ -147,22 +147,22 @@ def test_an_empty_part_is_refused(token_data):
 
 def test_a_corpus_shorter_than_a_row():
     with pytest.raises(DataError, match="seq_len \\+ 1 = 9 tokens expected, got 8"):
-        TokenDataset(np.arange(8), 8)
+        TokenDataset(one_document(np.arange(8)), 8)
 
 
 def test_rows_cover_the_file_once_an_epoch():
-    rows = TokenDataset(np.arange(101, dtype=np.uint16), seq_len=10, seed=3)
+    rows = TokenDataset(one_document(np.arange(101, dtype=np.uint16)), seq_len=10, seed=3)
     assert len(rows) == 10
     seen = torch.cat([rows.batch(start, 2)[0] for start in range(0, 10, 2)])
     assert sorted(seen.flatten().tolist()) == list(range(100))
-    tokens, targets = rows.batch(10, 10)
+    tokens, targets = rows.batch(10, 10)[:2]
     assert torch.equal(targets, tokens + 1)
     assert not torch.equal(tokens, seen)  # another order in the next epoch
     assert torch.equal(torch.sort(tokens[:, 0]).values, torch.arange(0, 100, 10))
 
 
 def test_a_batch_depends_on_its_place_alone():
-    rows = TokenDataset(np.arange(1000), seq_len=7)
+    rows = TokenDataset(one_document(np.arange(1000)), seq_len=7)
     whole = rows.batch(300, 6)[0]
     parts = torch.cat([rows.batch(300, 2)[0], rows.batch(302, 4)[0]])
     assert torch.equal(whole, parts)
@@ -314,7 +314,7 @@ def test_json_is_utf8_whatever_the_locale(token_data, tmp_path):
     code = f"""
 from llamapro.data.prepare import _separator_id
 from llamapro.data.tokens import fingerprint, load_tokens
-assert len(load_tokens({str(meta.parent)!r}, "train", 61)) == 4000
+assert len(load_tokens({str(meta.parent)!r}, "train", 61).ids) == 4000
 assert fingerprint({str(meta.parent)!r})
 assert _separator_id(None, {str(tmp_path)!r}, None) == 7
 """
@@ -350,17 +350,17 @@ def test_a_token_file_without_a_row_is_named(token_data):
 @pytest.mark.parametrize("seq_len", [0, -1])
 def test_rows_of_nothing(seq_len):
     with pytest.raises(ValueError, match=f"seq_len must be at least 1, got {seq_len}"):
-        TokenDataset(np.arange(8), seq_len)
+        TokenDataset(one_document(np.arange(8)), seq_len)
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1])
 def test_an_evaluation_of_nothing(tiny, max_tokens):
     with pytest.raises(ValueError, match=f"max_tokens must be at least 1, got {max_tokens}"):
-        perplexity(tiny(), TokenDataset(np.arange(61), 8), max_tokens)
+        perplexity(tiny(), TokenDataset(one_document(np.arange(61)), 8), max_tokens)
 
 
 def test_rows_that_are_evaluated_are_spread():
-    rows = TokenDataset(np.arange(101), 10)
+    rows = TokenDataset(one_document(np.arange(101)), 10)
     assert evenly_spaced_indices(rows) == evenly_spaced_indices(rows, 1000) == list(range(10))
     assert evenly_spaced_indices(rows, 59) == [0, 2, 4, 6, 8]
     assert evenly_spaced_indices(rows, 1) == [0]

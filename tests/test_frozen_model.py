@@ -175,7 +175,7 @@ def test_the_command_line_evaluates_and_generates_over_8_bits(config, capsys, mo
         return capsys.readouterr().out
 
     options = ["--seq-len", "16", "--dtype", "bfloat16", "--device", "cpu", "--frozen"]
-    values = {form: run("eval", config.model, config.data, *options, form) for form in FORMS}
+    values = {form: run("eval", config.model, *config.data, *options, form) for form in FORMS}
     assert values["8bit"] == values["8bit-compact"] != values["bf16"]
 
 
@@ -221,14 +221,16 @@ def test_the_planned_bytes_are_those_of_the_matrices(form, layouts, units):
 
 def test_a_plan_names_the_form_that_recomputes_least():
     limit = planner.usable("24GB")
-    text = planner.plan(LLAMA2_7B, 4, ("interleaved",), 1, 2048, limit=limit)
+    work = planner.Workload(LLAMA2_7B, None, 1, 2048)
+    text = planner.plan(work, 4, ("interleaved",), limit=limit)
     assert "| 8bit-compact | " in text and "does not fit" not in text
     for form in ("bf16", "8bit"):
         with pytest.raises(ValueError, match=r"needs at least 28\.41 GB"):  # as the README says
-            planner.plan(LLAMA2_7B, 4, ("interleaved",), 1, 2048, limit=limit, frozen=form)
-    text = planner.plan(LLAMA2_7B, 8, ("interleaved",), 2, 4096, limit=planner.usable("48GB"))
+            planner.plan(work, 4, ("interleaved",), limit=limit, frozen=form)
+    work = planner.Workload(LLAMA2_7B, None, 2, 4096)
+    text = planner.plan(work, 8, ("interleaved",), limit=planner.usable("48GB"))
     assert "| 8bit-compact | " in text and "does not fit" not in text
-    roomy = planner.plan(LLAMA2_7B, 8, ("interleaved",), 2, 4096, limit=76e9)
+    roomy = planner.plan(work, 8, ("interleaved",), limit=76e9)
     assert "| bf16 " in roomy and "8bit" not in roomy
 
 

@@ -293,7 +293,7 @@ def test_a_thousand_layers_are_planned_in_seconds(width, limit):
     """Every change that may fit was once tried, and its memory counted anew."""
     base = replace(LLAMA2_7B, num_hidden_layers=900, hidden_size=width, head_dim=width // 32)
     began = time.process_time()
-    text = plan(base, 100, PLACEMENTS, 1, 4096, limit=limit)
+    text = plan(Workload(base, None, 1, 4096), 100, PLACEMENTS, limit=limit)
     assert time.process_time() - began < 5 and "largest batch size" in text
 
 
@@ -308,7 +308,7 @@ def test_placements():
 
 
 def test_the_plan_as_it_is_printed():
-    text = plan(LLAMA2_7B, 8, PLACEMENTS, 4, 4096, limit=80e9, rate=8e14)
+    text = plan(Workload(LLAMA2_7B, None, 4, 4096), 8, PLACEMENTS, limit=80e9, rate=8e14)
     for name in PLACEMENTS:
         assert text.count(f"\n| {name.ljust(11)} |") == 1 and f"### {name}:" in text
     heads = ("GFLOPs per token", "FLOPs vs full training", "FLOPs vs tuning the base", "recompute")
@@ -318,18 +318,19 @@ def test_the_plan_as_it_is_printed():
 
 
 def test_a_placement_that_does_not_fit_is_named_and_the_others_are_planned():
-    text = plan(LLAMA2_7B, 8, PLACEMENTS, 24, 4096, limit=76e9, frozen="bf16")
+    work = Workload(LLAMA2_7B, None, 24, 4096)
+    text = plan(work, 8, PLACEMENTS, limit=76e9, frozen="bf16")
     assert "| suffix" in text and "interleaved does not fit: a batch of 24 x 4096" in text
     with pytest.raises(
         ValueError, match=r"of them for weights and optimizer.*largest batch size 0"
     ):
-        plan(LLAMA2_7B, 8, ("suffix",), 1, 4096, limit=20e9)
+        plan(Workload(LLAMA2_7B, None, 1, 4096), 8, ("suffix",), limit=20e9)
 
 
 @pytest.mark.parametrize("batch, length", [(0, 8), (1, 0), (-3, 8)])
 def test_steps_without_a_token(batch, length):
     with pytest.raises(ValueError, match=f"got {batch} x {length}"):
-        plan(LLAMA2_7B, 8, PLACEMENTS, batch, length)
+        plan(Workload(LLAMA2_7B, None, batch, length), 8, PLACEMENTS)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from llamapro import Llama, expand, planner
-from llamapro.data.tokens import DataError, TokenDataset
+from llamapro.data.tokens import Batch, DataError, TokenDataset
 from llamapro.hf import Checkpoint
 from llamapro.model_files import CheckpointError
 from llamapro.storage import lock
@@ -16,7 +16,7 @@ from llamapro.train import run as run_module
 from llamapro.train.config import schedule
 from llamapro.train.loop import take_step
 from llamapro.train.optimizer import Optimizer
-from run_files import flip, records
+from run_files import flip, one_document, records
 from safetensors.torch import load_file, save_file
 
 import llamapro_kernels as lk
@@ -117,8 +117,8 @@ def spy(function, seen):
 
 def test_accumulation_is_exact(config, tiny):
     """Micro-batches with unequal numbers of valid targets: the gradient of one large batch."""
-    rows = TokenDataset(torch.randint(61, (4000,)).numpy(), 16)
-    tokens, targets = rows.batch(0, 4)
+    rows = TokenDataset(one_document(torch.randint(61, (4000,)).numpy()), 16)
+    tokens, targets = rows.batch(0, 4)[:2]
     targets = targets.masked_fill(torch.arange(64).view(4, 16) < 23, -100)
     gradients = []
     for size in (4, 1):
@@ -127,7 +127,7 @@ def test_accumulation_is_exact(config, tiny):
 
         class Fixed:
             def batch(self, start, count):
-                return tokens, targets
+                return Batch(tokens[start : start + count], targets[start : start + count])
 
         optimizer = optimizer_of(model, max_grad_norm=1e9)
         grads = {}
@@ -260,7 +260,7 @@ def test_two_processes_do_not_share_a_run(config, tmp_path):
         ({"betas": (0.9, 1.0)}, ValueError, r"got \(0.9, 1.0\)"),
         ({"evaluate": {"domain": "x"}}, ValueError, "'domain'"),
         ({"device": "cuda"}, ValueError, "no CUDA here"),
-        ({"seq_len": 5000}, DataError, "5001 tokens expected, got 4000"),
+        ({"seq_len": 5000, "packing": "wrapped"}, DataError, "5001 tokens expected, got 4000"),
         ({"data": "nowhere"}, DataError, "meta.json"),
         ({"model": "nowhere"}, ValueError, "no such directory"),
     ],
@@ -293,7 +293,7 @@ def test_a_frozen_model_has_nothing_to_optimize(tiny):
 def test_a_batch_without_targets(config, tiny):
     class Empty:
         def batch(self, start, count):
-            return torch.zeros(count, 16, dtype=torch.long), torch.full((count, 16), -100)
+            return Batch(torch.zeros(count, 16, dtype=torch.long), torch.full((count, 16), -100))
 
     model = tiny()
     with pytest.raises(ValueError, match="without a single valid target"):
@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(config):
     model = Llama.from_pretrained(config.model)
     model.train_new_blocks_only()
     optimizer = optimizer_of(model)
-    rows = TokenDataset(torch.randint(61, (4000,)).numpy(), 16)
+    rows = TokenDataset(one_document(torch.randint(61, (4000,)).numpy()), 16)
     take_step(model, optimizer, rows, config, 0)
     poisoned = dict(model.blocks[0].named_parameters())["attention_norm"].data
     poisoned[0] = float("nan")
@@ -359,14 +359,15 @@ def test_full_training_of_a_tied_model(config, tiny, tmp_path):
 def test_a_resumed_run_notices_other_data(config):
     train(config)
     (Path(config.out) / "summary.json").unlink()
-    flip(Path(config.data) / "train.bin", 0)
+    flip(Path(config.data[0]) / "train.bin", 0)
     with pytest.raises(ValueError, match="the data of 'domain' differ from those of the run"):
         train(config, resume=True)
 
 
 def test_a_run_goes_on_from_another_directory_with_another_limit(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    relative = replace(config, model="expanded/", data=os.path.relpath(config.data), out="run")
+    data = os.path.relpath(config.data[0])
+    relative = replace(config, model="expanded/", data=data, out="run")
     train(relative)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -20,7 +20,8 @@ import torch
 from llamapro import expansion, new_blocks, planner
 from llamapro import report as report_module
 from llamapro.data import prepare as prepare_module
-from llamapro.data.tokens import TokenDataset, load_tokens
+from llamapro.data.packing import PACKINGS, PackedDataset, open_rows
+from llamapro.data.tokens import load_tokens
 from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
 from llamapro.frozen import FORMS
 from llamapro.hardware import matmul_rate, pick_device, pick_dtype
@@ -128,6 +129,7 @@ def evaluate(
     data_directory: _positional(Path, "DATA"),
     seq_len: int = 512,
     max_tokens: int | None = None,
+    packing: Literal[PACKINGS] = "bfd",
     frozen: Literal[FORMS] = FORMS[0],
     dtype: Literal[DTYPES] = "auto",
     device: str = "auto",
@@ -139,12 +141,13 @@ def evaluate(
         data_directory: The data directory that `llamapro prepare` made.
         seq_len: How many tokens a row has; each row starts without context.
         max_tokens: How many tokens are evaluated, evenly spaced; all of them by default.
+        packing: How rows are filled: bfd puts whole documents where they fit best, and each starts
+            without context; wrapped runs across documents.
         frozen: How the matrices of all but the new blocks are held.
         dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
         device: The device to run on; auto is CUDA when there is one.
     """
-    tokens = load_tokens(data_directory, "heldout", read_config(model).vocab_size)
-    rows = TokenDataset(tokens, seq_len)
+    rows = open_rows(data_directory, "heldout", read_config(model).vocab_size, seq_len, packing)
     evenly_spaced_indices(rows, max_tokens)  # a bad number is refused before the model is loaded
     result = perplexity(_load(model, dtype, device, frozen), rows, max_tokens)
     if not math.isfinite(result["perplexity"]):  # JSON has no word for it
@@ -186,6 +189,7 @@ def plan(
     placement: Literal[("every", *PLACEMENTS)] = "every",
     seq_len: int = 4096,
     batch_size: int = 1,
+    data: Path | None = None,
     memory: str | None = None,
     frozen: Literal[FORMS] | None = None,
     dtype: Literal[DTYPES[1:]] = "bfloat16",
@@ -199,6 +203,8 @@ def plan(
         placement: Where they go; by default every placement is shown side by side.
         seq_len: How many tokens a row has.
         batch_size: How many rows a step has.
+        data: The data directory whose documents are packed in the rows, so that attention's work is
+            that of their lengths; by default a row is one document.
         memory: How much memory there is, such as 80GB: blocks recompute more in backward until the
             step fits in 95 % of it.
         frozen: How the frozen matrices are held; by default in dtype, or with memory in the form
@@ -206,18 +212,18 @@ def plan(
         dtype: The dtype of weights and activations.
         device: The device whose matrix products bound the speed.
     """
-    where, kind = pick_device(device), getattr(torch, dtype)
+    where, kind, config = pick_device(device), getattr(torch, dtype), read_config(base)
+    lengths = ()
+    if data is not None:
+        lengths = PackedDataset(load_tokens(data, "train", config.vocab_size), seq_len).spread
+    sizes = batch_size, seq_len, kind, where.type
     print(
         planner.plan(
-            read_config(base),
+            planner.Workload(config, None, *sizes, documents=lengths),
             new_blocks,
             PLACEMENTS if placement == "every" else (placement,),
-            batch_size,
-            seq_len,
             limit=None if memory is None else planner.usable(memory),
             rate=matmul_rate(where, kind, 8192 if where.type == "cuda" else 1024),
-            dtype=kind,
-            device=where.type,
             frozen=frozen,
         )
     )

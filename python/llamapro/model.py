@@ -152,10 +152,13 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def hidden(self, tokens, cu_seqlens=None, cache=None) -> torch.Tensor:
-        """Final normed states: tokens (B, T) -> (B, T, N)."""
+        """Final normed states: tokens (B, T) -> (B, T, N). Each document has positions from 0."""
         self._check_tokens(tokens)
-        start = cache.length if cache else 0
-        cos, sin = rope_table(self.config, start, tokens.shape[1], tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff()
+            positions -= cu_seqlens[:-1].repeat_interleave(lengths, output_size=tokens.shape[1])
+        cos, sin = rope_table(self.config, positions + (cache.length if cache else 0))
         x = self.embed_tokens(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, cu_seqlens, cache.of_block(i) if cache else None)
@@ -294,15 +297,15 @@ def load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> Block:
     return block
 
 
-def rope_table(config: LlamaConfig, start: int, length: int, device=None):
-    """cos and sin, each (T, D) fp32, of positions start .. start + length - 1.
+def rope_table(config: LlamaConfig, positions: torch.Tensor):
+    """cos and sin, each (T, D) fp32, of positions (T,).
 
     Computed where it is used: a buffer would be rounded by `model.to(torch.bfloat16)`.
     """
-    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    dimensions = torch.arange(0, config.head_dim, 2, device=positions.device)
+    exponents = dimensions.float() / config.head_dim
     frequencies = _scaled(1.0 / config.rope_theta**exponents, config.rope_scaling)
-    positions = torch.arange(start, start + length, device=device).float()
-    angles = positions[:, None] * frequencies
+    angles = positions.float()[:, None] * frequencies
     angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
 

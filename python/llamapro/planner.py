@@ -22,6 +22,7 @@ from llamapro.frozen import FORMS
 from llamapro.markdown import table
 from llamapro.placement import place_blocks
 from llamapro_kernels import cost
+from llamapro_kernels.attention import visible_pairs
 from llamapro_kernels.block import RECOMPUTE
 from llamapro_kernels.frozen import has_units
 from llamapro_kernels.linear_cross_entropy import chunk_bytes
@@ -32,7 +33,9 @@ USABLE = 0.95  # of a limit: allocators lose some between tensors, and libraries
 
 @dataclass(frozen=True)
 class Workload:
-    """A step to be planned. `trainable` holds positions of blocks; None trains everything."""
+    """A step to be planned. `trainable` holds positions of blocks; None trains everything.
+    `documents` are the lengths of those that rows are packed of, and how many of each a row has on
+    average; none of them stands for rows that are one document each."""
 
     config: LlamaConfig
     trainable: tuple[int, ...] | None
@@ -41,6 +44,7 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
     frozen: str = FORMS[0]
+    documents: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self):
         if not self.trained:
@@ -60,6 +64,12 @@ class Workload:
     @property
     def tokens(self) -> int:
         return self.batch * self.length
+
+    def pairs(self, window: int | None) -> int:
+        """How many pairs of a query and a key attention looks at."""
+        documents = self.documents or ((self.length, 1),)
+        seen = (count * visible_pairs(n, n, window=window) for n, count in documents)
+        return round(self.batch * sum(seen))
 
     @property
     def blocks(self) -> range:
@@ -109,8 +119,7 @@ def flops(work: Workload, recompute: list[str] | None = None) -> dict[str, int]:
     shape = block_shape(work.config)
     for (window, backward, is_trained, policy), count in kinds.items():
         of_one = cost.flops(
-            *(shape, work.batch, work.length),
-            window=window,
+            *(shape, work.tokens, work.pairs(window)),
             backward=backward,
             trained=is_trained,
             recompute=policy,
@@ -288,25 +297,21 @@ def usable(text: str) -> float:
 
 
 def plan(
-    base: LlamaConfig,
+    tuning: Workload,
     new_blocks: int,
     placements: tuple[str, ...],
-    batch: int,
-    length: int,
     limit: float | None = None,
     rate: float | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
     frozen: str | None = None,
 ) -> str:
-    """What `llamapro plan` prints, as Markdown. rate: FLOP/s of a large product here, or None;
-    frozen: how frozen matrices are held, None for the form that costs least where it fits."""
-    tuning = Workload(base, None, batch, length, dtype, device)
+    """What `llamapro plan` prints, as Markdown. tuning: all of the base trained; rate: FLOP/s of a
+    large product here, or None; frozen: how frozen matrices are held, None for the form that costs
+    least where it fits."""
     lines, details, refused = [], [], []
     for name in placements:
-        slots = place_blocks(base.num_hidden_layers, new_blocks, name)
-        config = expanded_config(base, slots)
-        work = Workload(config, tuple(config.new_blocks), batch, length, dtype, device)
+        slots = place_blocks(len(tuning.blocks), new_blocks, name)
+        config = expanded_config(tuning.config, slots)
+        work = replace(tuning, config=config, trainable=tuple(config.new_blocks))
         try:
             work, recompute = cheapest(work, limit, (frozen,) if frozen else FORMS)
         except ValueError as error:

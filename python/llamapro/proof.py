@@ -53,7 +53,7 @@ def prove_identity(base: Checkpoint, expanded: Checkpoint, slots: list[Slot]) ->
     Both run at once, a block of each in memory, so the first place where they part is known.
     """
     tokens, dtype = proof_tokens(base), base.dtype
-    cos, sin = rope_table(base.config, 0, tokens.shape[1])
+    cos, sin = rope_table(base.config, torch.arange(tokens.shape[1]))
     embedding = "model.embed_tokens.weight"
     x = base.tensors[embedding].load()[tokens].to(dtype)
     y = expanded.tensors[embedding].load()[tokens].to(dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llamapro.data.tokens import TokenDataset, load_tokens
+from llamapro.data.packing import open_rows
 from llamapro.eval.perplexity import perplexity
 from llamapro.hardware import pick_device
 from llamapro.hf import Checkpoint
@@ -18,7 +18,8 @@ from llamapro.model import Llama
 from llamapro.proof import frozen_verdict, same_bytes
 from llamapro.storage import new_directory, read_json
 from llamapro.tokenizer import encode, load_tokenizer
-from llamapro.train.config import TrainConfig
+from llamapro.train.config import TrainConfig, held_out_sets
+from llamapro.train.run import BEFORE
 
 NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"}
 PROMPT = "def read_lines(path):\n"
@@ -65,6 +66,7 @@ def _read_run(path: Path) -> dict:
     missing = {"config", "dtype", "device", "tokens_per_second"} - set(summary)
     if missing:
         raise ValueError(f"{path}/summary.json: {sorted(missing)} expected, got none")
+    summary["config"] = {**BEFORE, **summary["config"]}
     return {**summary, "path": path, "metrics": metrics, "frozen": frozen_verdict(path)}
 
 
@@ -95,12 +97,10 @@ def _measure(model_path, config: dict, max_tokens: int, prompt: str) -> dict:
     """Perplexity on every held-out set and a greedy continuation of the prompt."""
     device = pick_device(config["device"])
     model = Llama.from_pretrained(model_path, getattr(torch, config["dtype"]), device)
-    sets = {"domain": config["data"], **config["evaluate"]}
+    vocab, seq_len = model.config.vocab_size, config["seq_len"]
     values = {}
-    for name, data in sets.items():
-        rows = TokenDataset(
-            load_tokens(data, "heldout", model.config.vocab_size), config["seq_len"]
-        )
+    for name, data in held_out_sets(config["data"], config["evaluate"]).items():
+        rows = open_rows(data, "heldout", vocab, seq_len, config["packing"])
         values[name] = perplexity(model, rows, max_tokens)
     return {"perplexity": values, "continuation": complete(model, model_path, prompt)}
 
@@ -141,7 +141,7 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
     lines += [
         "",
         f"Perplexity on {counts}, held out by file, in rows of {config['seq_len']}; the change is"
-        f" against the base. {_same_data([run['config'] for run in runs])} Computed in"
+        f" against the base. {_same_data(runs)} Computed in"
         f" {runs[0]['dtype']} on {runs[0]['device']}. Peak memory is of the whole process. Frozen"
         " tensors are compared by a hash in memory before and after the run, and byte by byte in"
         " the files.",
@@ -164,12 +164,15 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _same_data(configs: list[dict]) -> str:
+def _same_data(runs: list[dict]) -> str:
     """What the runs saw, when it was the same."""
-    names = ("data", "seed", "steps", "batch_size", "gradient_accumulation_steps", "seq_len")
+    configs = [run["config"] for run in runs]
+    sizes = ("steps", "batch_size", "gradient_accumulation_steps", "seq_len")
+    names = ("data", "seed", "packing", *sizes)
     if any(c[name] != configs[0][name] for c in configs for name in names):
         return "The runs differ in the data they saw."
-    tokens = math.prod(configs[0][name] for name in names[2:])
+    room = math.prod(configs[0][name] for name in sizes[1:])  # in runs of before it was counted
+    tokens = sum(m.get("tokens", room) for m in runs[0]["metrics"] if "loss" in m)
     return f"Each run saw {tokens} tokens, the same in the same order."
 
 
@@ -199,7 +202,7 @@ def command(config: dict) -> list[str]:
         value = config.get(setting.name, default)
         if isinstance(value, dict):
             words += [f"--{setting.name}", *chain(*value.items())] if value else []
-        elif isinstance(value, list):
+        elif isinstance(value, list | tuple):
             words += [f"--{setting.name}", *map(str, value)] if tuple(value) != default else []
         elif value != default:
             words += [f"--{setting.name.replace('_', '-')}", *[str(value)] * (value is not True)]

@@ -1,14 +1,17 @@
 """Token files, and rows of them for training and evaluation.
 
 A data directory holds train.bin and heldout.bin, documents one after the other as uint16 or uint32,
-and meta.json. The model's end-of-sequence token separates documents, it stands after each; no
-beginning-of-sequence token is added.
+and meta.json. Beside each stands .bin.index, where documents end, in tokens, as uint64, and, of
+chat, .bin.loss, a byte for each token: whether it counts as a target. (datatrove's layout.) In text
+the model's end-of-sequence token stands after each document; no beginning-of-sequence token is
+added.
 """
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +22,8 @@ from llamapro.storage import read_json, shown
 WHOLE = 4 * 10**9  # bytes of tokens that are hashed in seconds; of more, blocks
 BLOCKS, BLOCK = 1024, 2**20  # of bytes
 PARTS = ("train", "heldout")
+BESIDE = (".index", ".loss")
+IGNORED = -100  # as a target
 
 
 class DataError(ValueError):
@@ -26,7 +31,8 @@ class DataError(ValueError):
 
 
 def fingerprint(data, *, verify: bool = False) -> str:
-    """The dtype, sizes and a hash of a data directory's train.bin and heldout.bin, in this order.
+    """The dtype, sizes and a hash of a data directory's train.bin and heldout.bin, in this order,
+    and one of what stands beside them.
 
     All of them is hashed, or, where that is more than 4 GB, blocks that are evenly spread. Raises
     DataError when all is hashed, as `verify` asks for whatever the size, and meta.json, unless it
@@ -46,7 +52,10 @@ def fingerprint(data, *, verify: bool = False) -> str:
                 f"{data}: train.bin and heldout.bin changed since they were prepared: the digest"
                 f" {meta['digest']} of meta.json expected, got {whole}"
             )
-    return f"{meta['dtype']} {sizes} {_hash(files, BLOCKS) if sampled else whole}"
+    beside = [Path(f"{file}{suffix}") for file in files for suffix in BESIDE]
+    beside = [file for file in beside if file.exists()]
+    hashed = [_hash(files, BLOCKS) if sampled else whole, *([_hash(beside)] if beside else [])]
+    return f"{meta['dtype']} {sizes} {' '.join(hashed)}"
 
 
 def _hash(files: list[Path], blocks: int | None = None) -> str:
@@ -64,29 +73,59 @@ def _hash(files: list[Path], blocks: int | None = None) -> str:
     return hashed.hexdigest()
 
 
-def load_tokens(data, part: str, vocab_size: int) -> np.ndarray:
-    """train.bin or heldout.bin of a data directory, memory-mapped.
+@dataclass(frozen=True)
+class Tokens:
+    """A token file: ids (n,), the ends of its documents, increasing to n, and, of chat, which ids
+    count as targets (n,), all memory-mapped where files have them."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+    counted: np.ndarray | None = None
+    name: str = "tokens"
+
+
+def load_tokens(data, part: str, vocab_size: int) -> Tokens:
+    """train.bin or heldout.bin of a data directory, and what stands beside it.
 
     Raises DataError when the files do not fit each other or the model's vocabulary.
     """
     directory = Path(data)
     meta = _meta(directory)
-    dtype, count = np.dtype(meta["dtype"]), meta["tokens"].get(part, 0)
-    path = directory / f"{part}.bin"
-    size = file_in(directory, path.name).stat().st_size if path.exists() else 0
-    if size != count * dtype.itemsize:
-        raise DataError(
-            f"{path}: {count} tokens, {count * dtype.itemsize} bytes expected, got {size}"
-        )
+    count, path = meta["tokens"].get(part, 0), directory / f"{part}.bin"
+    ids = _mapped(path, np.dtype(meta["dtype"]), count)
     if not count:
         raise DataError(f"{path}: tokens expected, got an empty file; see prepare's heldout")
-    tokens = np.memmap(path, dtype=dtype, mode="r")
     if meta["max_token"] >= vocab_size:
         raise DataError(
             f"{data}: token ids below the vocabulary's {vocab_size} expected,"
             f" got {meta['max_token']}"
         )
-    return tokens
+    counted = directory / f"{part}.bin.loss"
+    counted = _mapped(counted, np.dtype(bool), count) if counted.exists() else None
+    return Tokens(ids, _ends(path, ids, meta), counted, str(path))
+
+
+def _ends(path: Path, ids: np.ndarray, meta: dict) -> np.ndarray:
+    """Where documents end; without an index, as directories were made before, after separators."""
+    index = path.with_name(f"{path.name}.index")
+    if index.exists():
+        ends = _mapped(index, np.dtype("<u8"), index.stat().st_size // 8)
+    else:
+        ends = np.flatnonzero(ids == meta["separator"]) + 1
+        if not len(ends) or ends[-1] != len(ids):
+            ends = np.append(ends, len(ids))
+    if not len(ends) or ends[-1] != len(ids):
+        raise DataError(f"{index}: an end at token {len(ids)} expected, got {shown([*ends[-1:]])}")
+    return ends
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    size = file_in(path.parent, path.name).stat().st_size if path.exists() else 0
+    if size != count * dtype.itemsize:
+        raise DataError(
+            f"{path}: {count} entries, {count * dtype.itemsize} bytes expected, got {size}"
+        )
+    return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
 
 
 def _meta(directory: Path) -> dict:
@@ -96,24 +135,40 @@ def _meta(directory: Path) -> dict:
             f"{directory}: a directory made by `llamapro prepare` expected, no meta.json"
         )
     meta = read_json(file_in(directory, "meta.json"))
-    tokens = meta.get("tokens")
-    counts = [*tokens.values(), meta.get("max_token")] if isinstance(tokens, dict) else [None]
+    tokens, numbers = meta.get("tokens"), ("max_token", "separator")
+    counts = [*tokens.values()] if isinstance(tokens, dict) else [None]
+    counts += map(meta.get, numbers)
     if meta.get("dtype") not in ("uint16", "uint32") or not all(type(n) is int for n in counts):
-        got = shown({name: meta.get(name) for name in ("dtype", "tokens", "max_token")})
+        got = shown({name: meta.get(name) for name in ("dtype", "tokens", *numbers)})
         raise DataError(f"{directory}/meta.json: not by `llamapro prepare`: {got}")
     return meta
+
+
+class Batch(NamedTuple):
+    """Rows of a micro-batch. Packed documents lie one after the other in a batch of one."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64, -100 where none counts
+    cu_seqlens: torch.Tensor | None = None  # (documents + 1,) int32, see `lk.flash_attention`
+    documents: int | None = None  # that are packed, or pieces of them
+    padding: int = 0  # tokens that fill rows
+
+    @property
+    def counted(self) -> int:
+        """How many targets count."""
+        return int((self.targets != IGNORED).sum())
 
 
 @dataclass(frozen=True)
 class TokenDataset:
     """A token file cut into rows of `seq_len` tokens, each with the tokens that follow.
 
-    Rows come in a new random order each epoch, which depends on `seed` alone: the place in the
-    data is a number of rows, and going on after a stop needs no other state.
-    Raises DataError when there is not one row, or seq_len is below 1.
+    Rows run across documents ("wrapped"). They come in a new random order each epoch, which depends
+    on `seed` alone: the place in the data is a number of rows, and going on after a stop needs no
+    other state. Raises DataError when there is not one row, or seq_len is below 1.
     """
 
-    tokens: np.ndarray
+    tokens: Tokens
     seq_len: int
     seed: int = 0
 
@@ -121,30 +176,61 @@ class TokenDataset:
         if self.seq_len < 1:
             raise DataError(f"seq_len must be at least 1, got {self.seq_len}")
         if len(self) < 1:
-            where = f"{self.tokens.filename}: " if hasattr(self.tokens, "filename") else ""
-            raise DataError(
-                f"{where}at least seq_len + 1 = {self.seq_len + 1} tokens expected,"
-                f" got {len(self.tokens)}"
-            )
+            raise DataError(self._too_short())
+
+    def _too_short(self) -> str:
+        return (
+            f"{self.tokens.name}: at least seq_len + 1 = {self.seq_len + 1} tokens expected,"
+            f" got {len(self.tokens.ids)}"
+        )
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.seq_len
+        return (len(self.tokens.ids) - 1) // self.seq_len
 
-    def row(self, index: int) -> torch.Tensor:
-        """(seq_len + 1,) int64."""
-        start = index * self.seq_len
-        return torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
+    def row(self, place: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Tokens and targets, (seq_len,) int64 each, and the lengths of the documents in them."""
+        return *self._piece(place * self.seq_len, self.seq_len), [self.seq_len]
 
-    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and targets, (count, seq_len) each, of shuffled rows start .. start + count."""
-        numbers = range(start, start + count)
-        places = [
-            _epoch_order(len(self), self.seed, n // len(self))[n % len(self)] for n in numbers
-        ]
-        rows = torch.stack([self.row(place) for place in places])
-        return rows[:, :-1], rows[:, 1:]
+    def _piece(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens from `start` on, and their targets."""
+        ids = self.tokens.ids[start : start + length + 1].astype(np.int64)
+        targets = ids[1:]
+        if self.tokens.counted is not None:
+            counted = self.tokens.counted[start + 1 : start + length + 1]
+            targets = np.where(counted, targets, IGNORED)
+        return ids[:-1], targets
+
+    def rows(self, places) -> Batch:
+        """The rows at these places of the file, as one batch."""
+        return self.collate([self.row(place) for place in places])
+
+    def collate(self, rows: list) -> Batch:
+        """(B, seq_len)."""
+        tokens, targets, _ = zip(*rows, strict=True)
+        return Batch(*(torch.from_numpy(np.stack(part)) for part in (tokens, targets)))
+
+    def drawn(self, number: int) -> int:
+        """The place of the row that is drawn after `number` others."""
+        return self._order[number]
+
+    def batch(self, start: int, count: int) -> Batch:
+        """The rows that are drawn after `start` others."""
+        return self.rows([self.drawn(number) for number in range(start, start + count)])
+
+    @cached_property
+    def _order(self) -> "EpochOrder":
+        return EpochOrder(len(self), self.seed)
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(rows)
+class EpochOrder:
+    """Rows in the order in which they are drawn: all of them, then all in another order."""
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, None
+
+    def __getitem__(self, number: int) -> int:
+        epoch, at = divmod(number, self.rows)
+        if epoch != self.epoch:
+            self.order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+            self.epoch = epoch
+        return int(self.order[at])

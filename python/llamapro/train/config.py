@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llamapro import planner
+from llamapro.data.mixture import corpora
+from llamapro.data.packing import PACKINGS
 from llamapro.frozen import FORMS
 
 TRAINABLE = ("new_blocks", "all")
@@ -20,8 +22,9 @@ class TrainConfig:
 
     model: str
     """The Hugging Face model directory to train: an expanded one, unless everything is trained."""
-    data: str
-    """The directory of tokens that `llamapro prepare` made."""
+    data: tuple[str, ...]
+    """The directories of tokens that `llamapro prepare` made, each DIR or DIR=WEIGHT: rows are
+    drawn from each in proportion to its weight, which is 1 unless it is given."""
     out: str
     """The run directory that is made: metrics, checkpoints, and the final model."""
     trainable: Literal["new_blocks", "all"] = "new_blocks"
@@ -34,6 +37,9 @@ class TrainConfig:
     """How many micro-batches a step has."""
     seq_len: int = 512
     """How many tokens a row has."""
+    packing: Literal["bfd", "wrapped"] = "bfd"
+    """How rows are filled: bfd puts whole documents, which do not see each other, where they fit
+    best; wrapped runs across documents."""
     learning_rate: float = 2e-4
     """The peak learning rate, which is reached after the warm-up."""
     warmup_ratio: float = 0.06
@@ -68,7 +74,10 @@ class TrainConfig:
     """Hash all of the tokens at the start, also beyond 4 GB, where a sample is hashed otherwise."""
 
     def __post_init__(self):
+        self.data = (self.data,) if isinstance(self.data, str) else tuple(self.data)
+        self.betas = tuple(self.betas)
         choices = (("trainable", TRAINABLE), ("dtype", DTYPES), ("frozen", FORMS))
+        choices += (("packing", PACKINGS),)
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -90,8 +99,25 @@ class TrainConfig:
             )
         if self.memory is not None:
             planner.parse_bytes(self.memory)
-        if "domain" in self.evaluate:
-            raise ValueError("the held-out set 'domain' is that of data; name the further one else")
+        held_out_sets(self.data, self.evaluate)
+
+    @property
+    def rows(self) -> int:
+        """How many rows the run sees."""
+        return self.steps * self.gradient_accumulation_steps * self.batch_size
+
+
+def held_out_sets(data, evaluate: dict[str, str]) -> dict[str, str]:
+    """The data directories that are evaluated on, by name: "domain" is that of a single corpus,
+    several have the names of their directories. Raises ValueError for a name that is there twice.
+    """
+    found = {name: path for name, (path, _) in corpora(data).items()}
+    if len(found) == 1:
+        found = dict(zip(["domain"], found.values(), strict=True))
+    for name in evaluate:
+        if name in found:
+            raise ValueError(f"the held-out set {name!r} is of data; name the further one else")
+    return {**found, **evaluate}
 
 
 def schedule(config: TrainConfig, step: int) -> float:

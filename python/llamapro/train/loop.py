@@ -8,12 +8,14 @@ import torch
 
 from llamapro import planner
 from llamapro.config import LlamaConfig
-from llamapro.data.tokens import TokenDataset, fingerprint, load_tokens
-from llamapro.eval.perplexity import perplexity
+from llamapro.data.mixture import Mixture, corpora
+from llamapro.data.packing import open_rows
+from llamapro.data.tokens import TokenDataset, fingerprint
+from llamapro.eval.perplexity import batch_loss, perplexity
 from llamapro.hardware import keep_freed_memory, peak_memory, pick_device, resident_memory
 from llamapro.hf import Checkpoint
 from llamapro.model import Llama
-from llamapro.train.config import TrainConfig, schedule
+from llamapro.train.config import TrainConfig, held_out_sets, schedule
 from llamapro.train.optimizer import Optimizer
 from llamapro.train.progress import Progress
 from llamapro.train.run import Run
@@ -46,7 +48,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             shape.max_position_embeddings,
         )
     rows, heldout = _open_data(config, shape.vocab_size)
-    data = {name: fingerprint(path, verify=config.verify) for name, path in _sets(config).items()}
+    sets = held_out_sets(config.data, config.evaluate)
+    data = {name: fingerprint(path, verify=config.verify) for name, path in sets.items()}
     recompute = _policies(config, shape, device)
     dtype = getattr(torch, config.dtype)
     model = Llama.from_pretrained(config.model, dtype, device, config.frozen)
@@ -59,13 +62,15 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
         weight_decay=config.weight_decay,
         betas=config.betas,
     )
-    with run.open(model, optimizer, data) as step, asked_to_stop() as stop:
+    with run.open(model, optimizer, rows, data) as step, asked_to_stop() as stop:
         with Progress(config.steps, step) as progress:
-            _run_steps(run, rows, heldout, step, progress, stop)
+            for line in rows.described(config.rows):
+                progress.say(line)
+            _run_steps(run, heldout, step, progress, stop)
         return run.finish(peak_memory(device))
 
 
-def _run_steps(run, rows, heldout, step, progress, stop) -> None:
+def _run_steps(run, heldout, step, progress, stop) -> None:
     """From `step` to the last one; evaluations and checkpoints where they are due."""
     config, model = run.config, run.model
     evaluated = {record["step"] for record in run.metrics.evaluations}
@@ -73,12 +78,11 @@ def _run_steps(run, rows, heldout, step, progress, stop) -> None:
         _evaluate(run, heldout, step, progress)
     while step < config.steps:
         began = time.perf_counter()
-        metrics = take_step(model, run.optimizer, rows, config, step)
+        metrics = take_step(model, run.optimizer, run.rows, config, step)
         step += 1
         seconds = time.perf_counter() - began
-        rate = config.batch_size * config.gradient_accumulation_steps * config.seq_len / seconds
         record = {"step": step, **metrics, **run.metrics.z_scores(metrics)}
-        record["tokens_per_second"] = rate
+        record |= {"tokens_per_second": metrics["tokens"] / seconds, "epochs": run.rows.epochs}
         run.metrics.append(record)
         progress.step(record)
         if step % config.eval_every == 0 and not stop:
@@ -102,27 +106,43 @@ def _save(run, step: int, last: bool, stop: list) -> None:
         raise
 
 
-def take_step(model, optimizer, rows: TokenDataset, config: TrainConfig, step: int) -> dict:
+def take_step(model, optimizer, rows: Mixture, config: TrainConfig, step: int) -> dict:
     """One optimizer step on the rows that are due.
 
     The loss is the sum over the valid targets of all micro-batches by their number, so that
     accumulation gives the gradient of one large batch.
     """
     device = model.embed_tokens.weight.device
-    count = config.batch_size * config.gradient_accumulation_steps
-    tokens, targets = rows.batch(step * count, count)
-    valid = int((targets != -100).sum())
+    size, micro_batches = config.batch_size, config.gradient_accumulation_steps
+    first = step * micro_batches
+    batches = [rows.batch((first + micro) * size, size) for micro in range(micro_batches)]
+    valid = sum(batch.counted for batch in batches)
     if not valid:
         raise ValueError(f"step {step + 1}: a batch without a single valid target")
     loss = torch.zeros((), device=device)
-    for part in range(0, count, config.batch_size):
-        micro = slice(part, part + config.batch_size)
-        summed = model.loss(tokens[micro].to(device), targets[micro].to(device), reduction="sum")
+    for batch in batches:
+        summed = batch_loss(model, batch, device)
         (summed / valid).backward()
         loss += summed.detach() / valid
     learning_rate = schedule(config, step)
     norm = optimizer.step(learning_rate, loss, step + 1)
-    return {"loss": loss.item(), "gradient_norm": norm, "learning_rate": learning_rate}
+    return {
+        "loss": loss.item(),
+        "gradient_norm": norm,
+        "learning_rate": learning_rate,
+        **_amounts(batches),
+    }
+
+
+def _amounts(batches) -> dict:
+    """The tokens of a step; of packed rows also how many documents, and the share of padding."""
+    room = sum(batch.tokens.numel() for batch in batches)
+    padding = sum(batch.padding for batch in batches)
+    amounts = {"tokens": room - padding}
+    if batches[0].documents is not None:
+        documents = sum(batch.documents for batch in batches)
+        amounts |= {"documents": documents, "padding": padding / room}
+    return amounts
 
 
 def freeze(model: Llama, trainable: str) -> None:
@@ -162,18 +182,16 @@ def _other_form(work: planner.Workload, limit: float) -> str:
         return ""
 
 
-def _open_data(config: TrainConfig, vocab: int) -> tuple[TokenDataset, dict[str, TokenDataset]]:
-    """Training rows, and the held-out rows of the domain and of the further sets."""
-    rows = TokenDataset(load_tokens(config.data, "train", vocab), config.seq_len, config.seed)
-    return rows, {
-        name: TokenDataset(load_tokens(data, "heldout", vocab), config.seq_len)
-        for name, data in _sets(config).items()
+def _open_data(config: TrainConfig, vocab: int) -> tuple[Mixture, dict[str, TokenDataset]]:
+    """Training rows, and the held-out rows of each corpus and of the further sets."""
+    seq_len, packing = config.seq_len, config.packing
+    found = corpora(config.data)
+    paths, weights = zip(*found.values(), strict=True)
+    rows = [open_rows(path, "train", vocab, seq_len, packing, config.seed) for path in paths]
+    return Mixture([*found], rows, [*weights]), {
+        name: open_rows(path, "heldout", vocab, seq_len, packing)
+        for name, path in held_out_sets(config.data, config.evaluate).items()
     }
-
-
-def _sets(config: TrainConfig) -> dict[str, str]:
-    """The data directories that are evaluated on, by name."""
-    return {"domain": config.data, **config.evaluate}
 
 
 def _evaluate(run, heldout: dict[str, TokenDataset], step: int, progress: Progress) -> None:

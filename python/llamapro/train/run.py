@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llamapro import storage
+from llamapro.data.mixture import absolute
 from llamapro.frozen import FORMS
 from llamapro.hardware import environment, pick_device, pick_dtype
 from llamapro.hf import Checkpoint, entries_of, write_model, write_safetensors
@@ -35,6 +36,7 @@ from llamapro_kernels import FrozenMatrix
 
 KEPT = 2
 RETRIES = 10  # of a checkpoint that could not be written, one after each step
+BEFORE = {"frozen": FORMS[0], "packing": "wrapped"}  # what runs did before there was a choice
 MAY_DIFFER = ("out", "device", "memory", "verify")  # settings that a resumed run may change
 log = logging.getLogger("llamapro")
 
@@ -71,7 +73,7 @@ class Run:
         return cls(config, True)
 
     @contextmanager
-    def open(self, model, optimizer, data: dict[str, str]) -> Iterator[int]:
+    def open(self, model, optimizer, rows, data: dict[str, str]) -> Iterator[int]:
         """Make or take the directory, go back to the newest checkpoint, and give its step, 0 when
         there is none. The model is as it was loaded.
 
@@ -84,7 +86,7 @@ class Run:
         with storage.lock(self.path):
             for partial in (self.path / "checkpoints").glob(".*.partial"):
                 shutil.rmtree(partial)
-            self.model, self.optimizer, self.data = model, optimizer, data
+            self.model, self.optimizer, self.rows, self.data = model, optimizer, rows, data
             self.metrics = Metrics(self.path / "metrics.jsonl")
             self.frozen = fingerprint(model)
             self.environment = environment(model.norm.device)
@@ -121,6 +123,7 @@ class Run:
             "step": step,
             "frozen": self.frozen,
             "data": self.data,
+            "rows": self.rows.taken,
             "environment": self.environment,
             "metrics": self.metrics.carried(),
             "tensors": digests(tensors),
@@ -159,6 +162,8 @@ class Run:
         if changed:
             log.warning("resumed: %s, so the bits may differ", ", ".join(changed))
         self.optimizer.load_state(tensors, state["step"])
+        if "rows" in state:  # otherwise written when there was one corpus: its rows are counted
+            self.rows.taken = list(state["rows"])
         _set_random_state(state["random"])
         self.metrics.restore(state["step"], state["metrics"])
         return state["step"]
@@ -205,8 +210,9 @@ def settings(run) -> dict:
         config = storage.read_json(file)
     except ValueError as error:
         raise ValueError(f"the settings of a run expected: {error}") from None
-    evaluate = config.get("evaluate")
-    texts = [*map(config.get, ("model", "data", "dtype"))]
+    evaluate, data = config.get("evaluate"), config.get("data")
+    texts = [config.get("model"), config.get("dtype")]
+    texts += data if isinstance(data, list) else [data]
     texts += evaluate.values() if isinstance(evaluate, dict) else [None]
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise ValueError(f"{file}: the settings of a run expected, got {sorted(config)[:5]} ...")
@@ -223,14 +229,15 @@ def _whole_paths(settings: dict) -> dict:
         return str(Path(path).resolve()) if Path(path).exists() else path
 
     evaluate = {name: whole(path) for name, path in settings["evaluate"].items()}
-    paths = {name: whole(settings[name]) for name in ("model", "data")}
-    return {**paths, "evaluate": evaluate}
+    model, data = whole(settings["model"]), absolute(settings["data"])
+    return {"model": model, "data": data, "evaluate": evaluate}
 
 
 def _check_same(config, started: dict) -> None:
     """Raise ValueError unless these are the settings that the run was started with."""
     now, then = json.loads(json.dumps(asdict(config))), {**started, **_whole_paths(started)}
-    then.setdefault("frozen", FORMS[0])  # of a run that was started before there was a choice
+    for name, value in BEFORE.items():
+        then.setdefault(name, value)
     changed = [
         f"{name} was {then.get(name)!r}, got {now[name]!r}"
         for name in now

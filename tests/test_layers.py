@@ -15,9 +15,12 @@ LAYERS = [
     *("planner", "data", "eval", "train", "report", "cli", "__main__", "integrations"),
 ]
 INSIDE = {
-    "data": ["tokens", "prepare"],
+    "data": ["tokens", "packing", "mixture", "prepare"],
     "eval": ["perplexity"],
-    "train": ["config", "stopping", "optimizer", "progress", "metrics", "run", "loop"],
+    "train": [
+        *("trackers", "config", "stopping", "optimizer", "progress", "metrics", "run", "loop"),
+        "dry_run",
+    ],
     "integrations": ["transformers"],
 }
 # The kernels' package needs torch and, where there is one, Triton.

@@ -29,7 +29,8 @@ from llamapro.model import Llama
 from llamapro.model_files import read_config
 from llamapro.placement import PLACEMENTS
 from llamapro.storage import one_line
-from llamapro.train.config import DTYPES, TrainConfig
+from llamapro.train.config import DTYPES, TrainConfig, options_in
+from llamapro.train.dry_run import dry_run as show_what_it_would_do
 from llamapro.train.loop import train as run_training
 from llamapro.train.stopping import Interrupted
 
@@ -114,12 +115,20 @@ def prepare(
 def train(
     config: Annotated[TrainConfig, tyro.conf.arg(name="")],
     resume: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Train the new blocks of an expanded model, or everything.
 
+    Options may stand in a YAML or JSON file, such as the config.json of a run, that --config names;
+    those of the command line win.
+
     Args:
         resume: Go on from the newest checkpoint of the run, with the same settings.
+        dry_run: Show the data, what a step costs and the first micro-batch, and train nothing.
     """
+    if dry_run:
+        show_what_it_would_do(config)
+        return
     summary = run_training(config, resume=resume)
     print(f"{config.out}/final: perplexity {summary['perplexity_after']}")
 
@@ -266,6 +275,20 @@ COMMANDS = {
 }
 
 
+def with_config_file(args: list[str]) -> list[str]:
+    """The words of `llamapro train` with the options of the file that --config names, but for those
+    that stand on the command line."""
+    at = next((i for i, word in enumerate(args) if word.split("=")[0] == "--config"), None)
+    if args[:1] != ["train"] or at is None:
+        return args
+    _, inline, path = args[at].partition("=")
+    rest = args[at + 1 :] if inline else args[at + 2 :]
+    if not inline:
+        path = "".join(args[at + 1 : at + 2])
+    given = {word[2:].split("=")[0].replace("-", "_") for word in args if word[:2] == "--"}
+    return ["train", *options_in(path, leave_out=given), *args[1:at], *rest]
+
+
 @contextmanager
 def said_in_one_line():
     """End the process with a message, and no traceback, for what a user can mend."""
@@ -275,7 +298,7 @@ def said_in_one_line():
     except (Interrupted, KeyboardInterrupt) as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError, ArithmeticError, IndexError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, ImportError) as error:
         sys.exit(f"llamapro: {one_line(error)}")
     except MemoryError as error:
         sys.exit(f"llamapro: out of memory {one_line(error)}")
@@ -288,6 +311,7 @@ def main(args: list[str] | None = None) -> None:
         for option in options:
             if options.count(option) > 1:  # the last would count alone, without a word
                 raise ValueError(f"{option} once expected, got it {options.count(option)} times")
+        args = with_config_file(args or sys.argv[1:])
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llamapro", args=args)
 
 

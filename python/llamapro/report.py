@@ -3,8 +3,6 @@
 import json
 import math
 import shlex
-from dataclasses import MISSING, fields
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from llamapro.model import Llama
 from llamapro.proof import frozen_verdict, same_bytes
 from llamapro.storage import new_directory, read_json
 from llamapro.tokenizer import encode, load_tokenizer
-from llamapro.train.config import TrainConfig, held_out_sets
+from llamapro.train.config import as_options, held_out_sets
 from llamapro.train.run import BEFORE
 
 NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"}
@@ -196,17 +194,7 @@ def _cells(row: dict, base: dict) -> list[str]:
 
 def command(config: dict) -> list[str]:
     """The command line of a run, as words: what differs from the defaults."""
-    words = ["llamapro", "train"]
-    for setting in fields(TrainConfig):
-        default = None if setting.default is MISSING else setting.default
-        value = config.get(setting.name, default)
-        if isinstance(value, dict):
-            words += [f"--{setting.name}", *chain(*value.items())] if value else []
-        elif isinstance(value, list | tuple):
-            words += [f"--{setting.name}", *map(str, value)] if tuple(value) != default else []
-        elif value != default:
-            words += [f"--{setting.name.replace('_', '-')}", *[str(value)] * (value is not True)]
-    return words
+    return ["llamapro", "train", *as_options(config)]
 
 
 def _draw(rows: list[dict], path: Path) -> None:

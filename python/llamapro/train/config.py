@@ -1,13 +1,17 @@
 """The settings of a run, and the learning rate that follows from them."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 from llamapro import planner
 from llamapro.data.mixture import corpora
 from llamapro.data.packing import PACKINGS
 from llamapro.frozen import FORMS
+from llamapro.storage import MAX_JSON_BYTES, check_regular, one_line, shown
+from llamapro.train.trackers import TRACKERS
 
 TRAINABLE = ("new_blocks", "all")
 DTYPES = ("auto", "bfloat16", "float32")
@@ -70,6 +74,8 @@ class TrainConfig:
     """How many tokens of each held-out set are evaluated."""
     checkpoint_every: int = 50
     """How many steps lie between checkpoints."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """The experiment trackers that are told of the metrics, beside metrics.jsonl."""
     verify: bool = False
     """Hash all of the tokens at the start, also beyond 4 GB, where a sample is hashed otherwise."""
 
@@ -78,9 +84,12 @@ class TrainConfig:
         self.betas = tuple(self.betas)
         choices = (("trainable", TRAINABLE), ("dtype", DTYPES), ("frozen", FORMS))
         choices += (("packing", PACKINGS),)
+        self.report_to = tuple(self.report_to)
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not {*self.report_to} <= {*TRACKERS}:
+            raise ValueError(f"report_to must be of {TRACKERS}, got {self.report_to}")
         counts = ("steps", "batch_size", "gradient_accumulation_steps", "seq_len")
         for name in (*counts, "eval_every", "eval_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
@@ -105,6 +114,42 @@ class TrainConfig:
     def rows(self) -> int:
         """How many rows the run sees."""
         return self.steps * self.gradient_accumulation_steps * self.batch_size
+
+
+def as_options(settings: dict) -> list[str]:
+    """The words of a command line for the settings that differ from the defaults."""
+    words = []
+    for setting in fields(TrainConfig):
+        default = None if setting.default is MISSING else setting.default
+        name, value = f"--{setting.name.replace('_', '-')}", settings.get(setting.name, default)
+        if isinstance(value, dict):
+            words += [name, *chain(*value.items())] if value else []
+        elif isinstance(value, list | tuple):
+            words += [name, *map(str, value)] if tuple(value) != default else []
+        elif value != default:
+            words += [name, *[str(value)] * (value is not True)]
+    return words
+
+
+def options_in(path, leave_out: set[str]) -> list[str]:
+    """The settings in a YAML file, of which JSON is a part, as words of a command line.
+
+    Raises ValueError for what is no mapping of settings to values, and OSError.
+    """
+    import yaml
+
+    check_regular(Path(path), MAX_JSON_BYTES)
+    try:
+        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {one_line(error)}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: settings by name expected, got {shown(read)}")
+    read = {str(name).replace("-", "_"): value for name, value in read.items()}
+    unknown = sorted(read.keys() - {setting.name for setting in fields(TrainConfig)})
+    if unknown:
+        raise ValueError(f"{path}: settings of `llamapro train` expected, got {unknown}")
+    return as_options({name: value for name, value in read.items() if name not in leave_out})
 
 
 def held_out_sets(data, evaluate: dict[str, str]) -> dict[str, str]:

@@ -47,10 +47,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             config.model,
             shape.max_position_embeddings,
         )
-    rows, heldout = _open_data(config, shape.vocab_size)
+    rows, heldout = open_data(config, shape)
     sets = held_out_sets(config.data, config.evaluate)
     data = {name: fingerprint(path, verify=config.verify) for name, path in sets.items()}
-    recompute = _policies(config, shape, device)
+    recompute = policies(config, shape, device)
     dtype = getattr(torch, config.dtype)
     model = Llama.from_pretrained(config.model, dtype, device, config.frozen)
     freeze(model, config.trainable)
@@ -83,7 +83,7 @@ def _run_steps(run, heldout, step, progress, stop) -> None:
         seconds = time.perf_counter() - began
         record = {"step": step, **metrics, **run.metrics.z_scores(metrics)}
         record |= {"tokens_per_second": metrics["tokens"] / seconds, "epochs": run.rows.epochs}
-        run.metrics.append(record)
+        run.append(record)
         progress.step(record)
         if step % config.eval_every == 0 and not stop:
             _evaluate(run, heldout, step, progress)
@@ -153,7 +153,7 @@ def freeze(model: Llama, trainable: str) -> None:
         model.train_new_blocks_only()
 
 
-def _policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> list[str]:
+def policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> list[str]:
     """What backward recomputes in each block; planned before a weight is loaded."""
     if config.memory is None:
         return ["none"] * shape.num_hidden_layers
@@ -182,9 +182,9 @@ def _other_form(work: planner.Workload, limit: float) -> str:
         return ""
 
 
-def _open_data(config: TrainConfig, vocab: int) -> tuple[Mixture, dict[str, TokenDataset]]:
+def open_data(config: TrainConfig, shape: LlamaConfig) -> tuple[Mixture, dict[str, TokenDataset]]:
     """Training rows, and the held-out rows of each corpus and of the further sets."""
-    seq_len, packing = config.seq_len, config.packing
+    vocab, seq_len, packing = shape.vocab_size, config.seq_len, config.packing
     found = corpora(config.data)
     paths, weights = zip(*found.values(), strict=True)
     rows = [open_rows(path, "train", vocab, seq_len, packing, config.seed) for path in paths]
@@ -202,6 +202,6 @@ def _evaluate(run, heldout: dict[str, TokenDataset], step: int, progress: Progre
     }
     if not all(math.isfinite(value) for value in values.values()):
         raise FloatingPointError(f"step {step}: held-out perplexity {values}, finite one expected")
-    run.metrics.append({"step": step, "perplexity": values})
+    run.append({"step": step, "perplexity": values})
     said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
     progress.say(f"step {step}: held-out perplexity {said}")

@@ -32,12 +32,19 @@ from llamapro.model import stock_tensors
 from llamapro.model_files import CheckpointError
 from llamapro.proof import combined, difference, digest, digests, fingerprint
 from llamapro.train.metrics import Metrics
+from llamapro.train.trackers import Trackers
 from llamapro_kernels import FrozenMatrix
 
 KEPT = 2
 RETRIES = 10  # of a checkpoint that could not be written, one after each step
 BEFORE = {"frozen": FORMS[0], "packing": "wrapped"}  # what runs did before there was a choice
-MAY_DIFFER = ("out", "device", "memory", "verify")  # settings that a resumed run may change
+MAY_DIFFER = (
+    "out",
+    "device",
+    "memory",
+    "verify",
+    "report_to",
+)  # settings that a resumed run may change
 log = logging.getLogger("llamapro")
 
 
@@ -47,7 +54,7 @@ class Run:
 
     def __init__(self, config, resumed: bool):
         self.config, self.resumed, self.path = config, resumed, Path(config.out)
-        self.failures = 0
+        self.trackers, self.failures = Trackers(config.report_to), 0
 
     @classmethod
     def start(cls, config) -> "Run":
@@ -90,7 +97,17 @@ class Run:
             self.metrics = Metrics(self.path / "metrics.jsonl")
             self.frozen = fingerprint(model)
             self.environment = environment(model.norm.device)
-            yield self.restore()
+            step = self.restore()
+            self.trackers.start(self.path, asdict(self.config))
+            try:
+                yield step
+            finally:
+                self.trackers.end()
+
+    def append(self, record: dict) -> None:
+        """Put a line into metrics.jsonl, and tell the trackers."""
+        self.metrics.append(record)
+        self.trackers.log(record)
 
     def save(self, step: int, *, last: bool = False) -> None:
         """Write a checkpoint, or say why it could not be, for the caller to try after a further

@@ -1,4 +1,4 @@
-"""The command line: llamapro expand | merge | prepare | train | eval | generate | plan | report."""
+"""The command line: llamapro expand | merge | prepare | train | eval | generate | chat | ..."""
 
 import json
 import logging
@@ -20,6 +20,7 @@ import torch
 from llamapro import expansion, new_blocks, planner
 from llamapro import report as report_module
 from llamapro.data import prepare as prepare_module
+from llamapro.data.chat import ChatTemplate
 from llamapro.data.packing import PACKINGS, PackedDataset, open_rows
 from llamapro.data.tokens import load_tokens
 from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
@@ -192,6 +193,43 @@ def generate(
     print(report_module.complete(llama, model, prompt, max_new_tokens, **sampling))
 
 
+def chat(
+    model: _positional(Path, "MODEL"),
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int | None = None,
+    frozen: Literal[FORMS] = FORMS[0],
+    dtype: Literal[DTYPES] = "auto",
+    device: str = "auto",
+) -> None:
+    """Talk to a model in the terminal, by its own chat template.
+
+    Args:
+        model: The Hugging Face model directory to run.
+        system: What the model is told before the first question.
+        max_new_tokens: How many tokens an answer has at most.
+        temperature: How random the choice is; 0 takes the most probable token.
+        top_p: Sample from the smallest set of tokens with this much probability.
+        seed: Makes the answers repeatable.
+        frozen: How the matrices of all but the new blocks are held.
+        dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
+        device: The device to run on; auto is CUDA when there is one.
+    """
+    from llamapro.chat import Dialogue, talk
+
+    ChatTemplate.of(model)  # a model without one is refused at once
+    llama = _load(model, dtype, device, frozen)
+    generator = torch.Generator(llama.norm.device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    dialogue = Dialogue(llama, model, system, max_new_tokens)
+    talk(dialogue, temperature=temperature, top_p=top_p, generator=generator)
+
+
 def plan(
     base: _positional(str, "BASE"),
     new_blocks: int,
@@ -270,6 +308,7 @@ COMMANDS = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
     "plan": plan,
     "report": report,
 }

@@ -1,13 +1,20 @@
 """Generation: a KV cache, and sampling."""
 
+from collections.abc import Iterator
+
 import torch
 
 
+def generate(model, tokens, max_new_tokens, **sampling) -> torch.Tensor:
+    """Continue tokens (B, T) by up to max_new_tokens: returns (B, T + new), see `stream`."""
+    return torch.cat((tokens, *stream(model, tokens, max_new_tokens, **sampling)), 1)
+
+
 @torch.no_grad()
-def generate(
+def stream(
     model, tokens, max_new_tokens, *, temperature=0.0, top_p=1.0, stop=None, generator=None
-) -> torch.Tensor:
-    """Continue tokens (B, T) by up to max_new_tokens: returns (B, T + new).
+) -> Iterator[torch.Tensor]:
+    """Continue tokens (B, T) by up to max_new_tokens: gives (B, 1) at a time.
 
     temperature 0 is greedy; otherwise samples from the smallest set of tokens that holds
     `top_p` of the probability. stop: ids that end a row (default: the config's eos); the row
@@ -29,12 +36,11 @@ def generate(
     for _ in range(max_new_tokens):
         logits = model.lm_head(model.hidden(step, cache=cache)[:, -1:])[:, 0]
         chosen = _sample(logits.float(), temperature, top_p, generator)
-        step = torch.where(ended, tokens[:, -1:], chosen)
-        tokens = torch.cat((tokens, step), 1)
+        step = torch.where(ended, step[:, -1:], chosen)
+        yield step
         ended |= torch.isin(step, stop)
         if ended.all():
             break
-    return tokens
 
 
 class KVCache:

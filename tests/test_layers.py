@@ -15,7 +15,7 @@ LAYERS = [
     *("planner", "data", "eval", "train", "report", "cli", "__main__", "integrations"),
 ]
 INSIDE = {
-    "data": ["tokens", "prepare"],
+    "data": ["tokens", "sources", "chat", "decontaminate", "shards", "prepare"],
     "eval": ["perplexity"],
     "train": ["config", "stopping", "optimizer", "progress", "metrics", "run", "loop"],
     "integrations": ["transformers"],

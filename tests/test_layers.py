@@ -12,10 +12,12 @@ ANYWHERE = {"storage", "hardware", "markdown"}
 LAYERS = [
     *("architectures", "config", "placement", "model_files", "tokenizer", "hf", "generate"),
     *("frozen", "model", "proof", "decoder", "expansion", "new_block_files", "new_blocks"),
-    *("planner", "data", "eval", "train", "report", "cli", "__main__", "integrations"),
+    *("planner", "data", "eval", "train", "report", "chat", "cli", "__main__", "integrations"),
 ]
 INSIDE = {
-    "data": ["tokens", "packing", "mixture", "prepare"],
+    "data": [
+        *("tokens", "packing", "mixture", "sources", "chat", "decontaminate", "shards", "prepare")
+    ],
     "eval": ["perplexity"],
     "train": [
         *("trackers", "config", "stopping", "optimizer", "progress", "metrics", "run", "loop"),

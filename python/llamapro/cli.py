@@ -89,26 +89,47 @@ def merge(
 
 
 def prepare(
-    sources: _positional(tuple[Path, ...], "SOURCE..."),
+    sources: _positional(tuple[str, ...], "SOURCE..."),
     tokenizer: Path,
     out: Path,
     pattern: str = "*",
     heldout: float = 0.1,
     separator: str | None = None,
+    text_field: str | None = None,
+    licence: str | None = None,
+    decontaminate: Path | None = None,
 ) -> None:
-    """Turn text files into a data directory for training and evaluation.
+    """Turn text or conversations into a data directory for training and evaluation.
+
+    Stopped or killed, the same command goes on from where it was.
 
     Args:
-        sources: The UTF-8 files, or folders that are searched for the pattern; what is hidden there
-            is left out.
-        tokenizer: The model directory whose tokenizer.json is used.
+        sources: UTF-8 text files; files of rows (.jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet);
+            folders that are searched for the pattern, what is hidden there is left out; or
+            hf:NAME[:CONFIG][:SPLIT], a dataset of the hub. Rows have the columns text, or messages,
+            conversations, prompt and completion, or instruction and output: then the model's chat
+            template is applied, and the assistant's words alone are targets.
+        tokenizer: The model directory whose tokenizer.json, and chat template, is used.
         out: The new data directory that is written.
-        pattern: Which file names are taken from folders, such as *.py.
-        heldout: The share of the text that is set aside for evaluation, by whole files.
+        pattern: Which file names are taken from folders, such as *.py. Files of rows in a folder
+            are read as such when the pattern names their suffix, such as *.jsonl.
+        heldout: The share of the text that is set aside for evaluation, by whole documents.
         separator: The token after each document; by default the model's end of sequence.
+        text_field: The column that holds the text, if it is not one of those above.
+        licence: The licence of the sources, which meta.json notes; a dataset's is on its card.
+        decontaminate: A folder of benchmarks, as .jsonl files; documents that hold 13 consecutive
+            words of a question of theirs are dropped.
     """
     meta = prepare_module.prepare(
-        sources, tokenizer, out, pattern=pattern, heldout=heldout, separator=separator
+        sources,
+        tokenizer,
+        out,
+        pattern=pattern,
+        heldout=heldout,
+        separator=separator,
+        text_field=text_field,
+        licence=licence,
+        decontaminate=decontaminate,
     )
     print(f"{out}: {meta['tokens']} tokens of {meta['documents']} documents")
 
@@ -332,6 +353,7 @@ def with_config_file(args: list[str]) -> list[str]:
 def said_in_one_line():
     """End the process with a message, and no traceback, for what a user can mend."""
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("llamapro").setLevel(logging.INFO)
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:

@@ -18,12 +18,13 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def new_directory(out, *, needs: int = 0) -> Iterator[Path]:
+def new_directory(out, *, needs: int = 0, resumes: bool = False) -> Iterator[Path]:
     """A directory that appears at `out` complete and on disk, or never.
 
-    Yields a temporary directory beside it. Raises FileExistsError when `out` exists, OSError (no
-    space) when the disk has less than `needs` bytes free, and BlockingIOError when another process
-    is writing `out`, all before anything is written.
+    Yields a temporary directory beside it, empty, unless the caller `resumes`: then it holds what a
+    killed process left there, and Ctrl-C leaves it as it is. Raises FileExistsError when `out`
+    exists, OSError (no space) when the disk has less than `needs` bytes free, and BlockingIOError
+    when another process is writing `out`, all before anything is written.
     """
     out = Path(out).absolute()
     if os.path.lexists(out):
@@ -35,18 +36,26 @@ def new_directory(out, *, needs: int = 0) -> Iterator[Path]:
     partial = out.parent / f".{out.name}.partial"
     partial.mkdir(exist_ok=True)
     with lock(partial), _no_room_named(out):
-        for left_by_a_killed_process in partial.iterdir():
-            left_by_a_killed_process.unlink()
+        if not resumes:
+            clear(partial)
         try:
             yield partial
             for file in partial.iterdir():
                 sync(file)
             sync(partial)
             os.rename(partial, out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            kept = resumes and isinstance(error, KeyboardInterrupt) and any(partial.iterdir())
+            if not kept:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         sync(out.parent)
+
+
+def clear(directory: Path) -> None:
+    """Remove the files of a directory."""
+    for file in directory.iterdir():
+        file.unlink()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The tokenizer of a model directory."""
 
+import hashlib
 from pathlib import Path
 
 from llamapro.model_files import MAX_COMPANION_BYTES, CheckpointError, file_in
@@ -13,10 +14,7 @@ def load_tokenizer(model):
     """
     from tokenizers import Tokenizer
 
-    try:
-        path = file_in(Path(model), "tokenizer.json", MAX_COMPANION_BYTES)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{model}: tokenizer.json expected, got none") from None
+    path = _file(model)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
@@ -24,6 +22,18 @@ def load_tokenizer(model):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def tokenizer_fingerprint(model) -> str:
+    """A hash of the tokenizer of a model directory."""
+    return hashlib.blake2b(_file(model).read_bytes(), digest_size=16).hexdigest()
+
+
+def _file(model) -> Path:
+    try:
+        return file_in(Path(model), "tokenizer.json", MAX_COMPANION_BYTES)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{model}: tokenizer.json expected, got none") from None
 
 
 def encode(tokenizer, text: str) -> list[int]:

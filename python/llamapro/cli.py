@@ -22,7 +22,7 @@ from llamapro import report as report_module
 from llamapro.data import prepare as prepare_module
 from llamapro.data.chat import ChatTemplate
 from llamapro.data.packing import PACKINGS, PackedDataset, open_rows
-from llamapro.data.tokens import load_tokens
+from llamapro.data.tokens import check_tokenizer, load_tokens
 from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
 from llamapro.frozen import FORMS
 from llamapro.hardware import matmul_rate, pick_device, pick_dtype
@@ -178,6 +178,7 @@ def evaluate(
         dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
         device: The device to run on; auto is CUDA when there is one.
     """
+    check_tokenizer(data_directory, model)
     rows = open_rows(data_directory, "heldout", read_config(model).vocab_size, seq_len, packing)
     evenly_spaced_indices(rows, max_tokens)  # a bad number is refused before the model is loaded
     result = perplexity(_load(model, dtype, device, frozen), rows, max_tokens)

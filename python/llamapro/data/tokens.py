@@ -18,6 +18,7 @@ import torch
 
 from llamapro.model_files import file_in
 from llamapro.storage import read_json, shown
+from llamapro.tokenizer import tokenizer_fingerprint
 
 WHOLE = 4 * 10**9  # bytes of tokens that are hashed in seconds; of more, blocks
 BLOCKS, BLOCK = 1024, 2**20  # of bytes
@@ -103,6 +104,19 @@ def load_tokens(data, part: str, vocab_size: int) -> Tokens:
     counted = directory / f"{part}.bin.loss"
     counted = _mapped(counted, np.dtype(bool), count) if counted.exists() else None
     return Tokens(ids, _ends(path, ids, meta), counted, str(path))
+
+
+def check_tokenizer(data, model) -> None:
+    """Raise DataError when a data directory was prepared with another tokenizer than the model's;
+    directories that do not say, and models that have none, are taken as they are."""
+    said = _meta(Path(data)).get("tokenizer")
+    if said is None or not (Path(model) / "tokenizer.json").exists():
+        return
+    if said != (own := tokenizer_fingerprint(model)):
+        raise DataError(
+            f"{data}: prepared with another tokenizer than {model} has: fingerprint {own} expected,"
+            f" got {said}"
+        )
 
 
 def _ends(path: Path, ids: np.ndarray, meta: dict) -> np.ndarray:

@@ -10,7 +10,7 @@ from llamapro import planner
 from llamapro.config import LlamaConfig
 from llamapro.data.mixture import Mixture, corpora
 from llamapro.data.packing import open_rows
-from llamapro.data.tokens import TokenDataset, fingerprint
+from llamapro.data.tokens import TokenDataset, check_tokenizer, fingerprint
 from llamapro.eval.perplexity import batch_loss, perplexity
 from llamapro.hardware import keep_freed_memory, peak_memory, pick_device, resident_memory
 from llamapro.hf import Checkpoint
@@ -185,12 +185,13 @@ def _other_form(work: planner.Workload, limit: float) -> str:
 def open_data(config: TrainConfig, shape: LlamaConfig) -> tuple[Mixture, dict[str, TokenDataset]]:
     """Training rows, and the held-out rows of each corpus and of the further sets."""
     vocab, seq_len, packing = shape.vocab_size, config.seq_len, config.packing
-    found = corpora(config.data)
+    found, sets = corpora(config.data), held_out_sets(config.data, config.evaluate)
+    for path in sets.values():
+        check_tokenizer(path, config.model)
     paths, weights = zip(*found.values(), strict=True)
     rows = [open_rows(path, "train", vocab, seq_len, packing, config.seed) for path in paths]
     return Mixture([*found], rows, [*weights]), {
-        name: open_rows(path, "heldout", vocab, seq_len, packing)
-        for name, path in held_out_sets(config.data, config.evaluate).items()
+        name: open_rows(path, "heldout", vocab, seq_len, packing) for name, path in sets.items()
     }
 
 

@@ -173,3 +173,35 @@ def test_packed_rows_cost_what_rows_cost_but_for_attention(tiny):
     counts = packed.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if "attention" not in str(op))
     assert products == 2 * batch.tokens.numel() * matrices
+
+
+def test_the_loss_of_conversations_is_that_of_transformers(tiny, tmp_path):
+    """Packed and masked, against labels of -100 where nothing counts: loss and every gradient."""
+    transformers = pytest.importorskip("transformers")
+    tokens = chat("uuuAAuAAA", "uAAAA", "uuuuuuAuuAA", "uuA")
+    rows = PackedDataset(tokens, 16)
+    batch = rows.batch(0, len(rows))
+    model = tiny()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        model.save_pretrained(tmp_path / "m")
+    )
+    loss = batch_loss(model, batch, "cpu") / batch.counted
+    expected = 0.0
+    for end, length in zip(tokens.ends, np.diff(tokens.ends, prepend=0), strict=True):
+        ids = torch.from_numpy(tokens.ids[end - length : end].astype(np.int64))[None]
+        labels = ids.where(torch.from_numpy(tokens.counted[end - length : end])[None], -100)
+        counted = int((labels[:, 1:] != -100).sum())
+        expected += theirs(ids, labels=labels).loss * counted / batch.counted
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # some roundings of fp32
+    gradients = dict(theirs.named_parameters())
+    block = model.blocks[0]
+    for ours, name in (
+        (model.embed_tokens.weight, "model.embed_tokens.weight"),
+        (block.attention_norm, "model.layers.0.input_layernorm.weight"),
+        (block.down_proj.weight, "model.layers.0.mlp.down_proj.weight"),
+        (model.lm_head.weight, "lm_head.weight"),
+    ):
+        difference = (ours.grad - gradients[name].grad).norm()
+        assert difference <= 1e-5 * gradients[name].grad.norm(), name

@@ -111,8 +111,8 @@ def prepare(
             template is applied, and the assistant's words alone are targets.
         tokenizer: The model directory whose tokenizer.json, and chat template, is used.
         out: The new data directory that is written.
-        pattern: Which file names are taken from folders, such as *.py. Files of rows in a folder
-            are read as such when the pattern names their suffix, such as *.jsonl.
+        pattern: Which file names are taken from folders, such as *.py. A .json in a folder is text
+            unless the pattern names that suffix.
         heldout: The share of the text that is set aside for evaluation, by whole documents.
         separator: The token after each document; by default the model's end of sequence.
         text_field: The column that holds the text, if it is not one of those above.

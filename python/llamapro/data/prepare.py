@@ -48,7 +48,7 @@ def prepare(
     sources: UTF-8 files, each a document, folders of them, files of rows, and `hf:NAME`, as
     `open_corpus` says; rows have a text, or a conversation that the model's chat template renders.
     In folders, searched for `pattern`, what is hidden is left out, and what is not UTF-8 text is
-    skipped and counted; a .json or .jsonl there is text, unless `pattern` names that suffix.
+    skipped and counted; a .json there is text, unless `pattern` names that suffix.
     tokenizer: a model directory. heldout: the share of the text set aside, by whole documents: none
     is in both parts, and those for training that say the same as a held-out one, but for case and
     white space, are dropped. separator: the token after each document of text, by default the

@@ -98,11 +98,11 @@ class Corpus:
 def open_corpus(sources, pattern="*", text_field=None, licence=None) -> Corpus:
     """The corpus of files, folders and `hf:NAME[:CONFIG][:SPLIT]`.
 
-    A file is read as rows by its suffix (ROW_FILES) when it is itself a source, or when `pattern`
-    names such a suffix; otherwise each file of a folder is a text, JSON too, so that code stays
-    whole. Of a name with one word more, that is a configuration unless it is one of SPLITS; the
-    split is "train" unless it is said. Raises DataError for a source that is not there, has no row,
-    or has rows without known columns, and for text and chat side by side.
+    A file is read as rows by its suffix (ROW_FILES); but .json in a folder is a text as all others
+    are, so that code stays whole, unless `pattern` names that suffix. Of a name with one word more,
+    that is a configuration unless it is one of SPLITS; the split is "train" unless it is said.
+    Raises DataError for a source that is not there, has no row, or has rows without known columns,
+    and for text and chat side by side.
     """
     opened, texts, seen = [], {}, set()
     named = {Path(s).resolve() for s in sources if not _is_hub(s)}
@@ -114,7 +114,7 @@ def open_corpus(sources, pattern="*", text_field=None, licence=None) -> Corpus:
         for file, name in sorted(_search(Path(source), pattern)):
             path = file.resolve()
             rows = file.name.endswith(ROW_FILES) and (
-                path in named or any(s in pattern for s in (".json", ".parquet"))
+                file.suffix != ".json" or path in named or ".json" in pattern
             )
             if path not in seen:  # one that is named twice is there once
                 seen.add(path)

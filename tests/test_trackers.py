@@ -38,7 +38,9 @@ def test_a_tracker_that_fails_ends_no_run(config, monkeypatch, caplog):
         def log(self, values, step):
             raise ConnectionError("the service is gone")
 
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **_: Run(), finish=None))
+    monkeypatch.setitem(
+        sys.modules, "trackio", SimpleNamespace(init=lambda **_: Run(), finish=None)
+    )
     with caplog.at_level(logging.WARNING):
         train(replace(config, report_to=("trackio",)))
     assert caplog.text.count("trackio is told no more: the service is gone") == 1

@@ -63,6 +63,23 @@ def sdpa(q, k, v, **options):
     return o.transpose(1, 2)
 
 
+def linear_kl_divergence(
+    x, teacher, weight, *, temperature=1.0, reduction="mean", mask=None, teacher_weight=None
+):
+    """KL(teacher || student) from the logits of both; the teacher and its head are constants."""
+    head = weight if teacher_weight is None else teacher_weight
+    with torch.no_grad():
+        log_p = (F.linear(teacher, head) / temperature).log_softmax(-1)
+    log_q = (F.linear(x, weight) / temperature).log_softmax(-1)
+    losses = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    if mask is not None:
+        losses = losses.masked_fill(~mask, 0.0)
+    if reduction == "none":
+        return losses
+    counted = losses.numel() if mask is None else mask.sum()
+    return losses.sum() / max(1, counted) if reduction == "mean" else losses.sum()
+
+
 def linear_cross_entropy(x, weight, targets, *, reduction="mean"):
     """As trainers write it, with fp32 logits for the loss."""
     logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))

@@ -1,37 +1,9 @@
 // The softmax part of linear + cross-entropy, on logits that are there; the formulas are in
 // llamapro_kernels/linear_cross_entropy.py. Targets were checked there.
-#include <cmath>
-
-#include "common.h"
+#include "softmax.h"
 
 namespace llamapro {
 namespace {
-
-constexpr int64_t PIECE = 1024;  // elements whose largest is taken before any is raised to a power
-
-// Of a row: its largest logit, and the log of the sum of exp(logits less that one).
-struct Stats {
-  float peak, log_total;
-};
-
-// By an online softmax over pieces that stay in the first cache.
-template <class T>
-Stats stats_of(const T* logits, int64_t count) {
-  float peak = -INFINITY, total = 0;
-  for (int64_t start = 0; start < count; start += PIECE) {
-    const int64_t end = std::min(count, start + PIECE);
-    float higher = peak;
-#pragma omp simd reduction(max : higher)
-    for (int64_t i = start; i < end; ++i) higher = std::max(higher, float(logits[i]));
-    const float base = higher == -INFINITY ? 0 : higher;  // -inf - -inf would be NaN
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) sum += exp(float(logits[i]) - base);
-    total = total * exp(peak - base) + sum;
-    peak = higher;
-  }
-  return {peak, std::log(total)};
-}
 
 // Logits become (softmax - onehot) * upstream in place.
 template <class T>

@@ -25,14 +25,17 @@ import torch
 from llamapro_kernels import cpu, library
 from llamapro_kernels.cross_entropy_triton import gradient_triton, softmax_triton
 from llamapro_kernels.frozen import FrozenMatrix
-from llamapro_kernels.matmul import add_matmul, matmul, pieces
+from llamapro_kernels.linear_head import (
+    chunk_tokens,
+    logits_by_chunk,
+    plain_dx,
+    plain_logits,
+    scaled,
+    write_input_gradient,
+)
+from llamapro_kernels.matmul import add_matmul, pieces
 from llamapro_kernels.quantize import E4M3
 
-CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32
-# Each chunk reads the whole weight again (and adds to the whole of dweight): this many tokens, at
-# least, make that small beside the products.
-CHUNK_TOKENS, CHUNK_TOKENS_CPU = 2048, 512
-SCALED_ELEMENTS = 2**18  # of a gradient that are scaled at a time on a CPU: 1 MB in fp32
 REDUCTIONS = ("none", "mean", "sum")
 ops = torch.ops.llamapro
 
@@ -47,8 +50,8 @@ def linear_cross_entropy_reference(
     losses, stats = x.new_empty(len(x), dtype=dtype), x.new_empty((2, len(x)), dtype=dtype)
     dx = x.new_empty(x.shape if want_x else 0)
     dweight = x.new_zeros(weight.shape if want_weight else 0, dtype=dtype)
-    for rows in pieces(len(x), _chunk_tokens(len(weight), x.device.type)):
-        logits = _plain_logits(x[rows], weight).to(dtype)
+    for rows in pieces(len(x), chunk_tokens(len(weight), x.device.type)):
+        logits = plain_logits(x[rows], weight).to(dtype)
         target = targets[rows].where(valid[rows], 0)[:, None]
         score, peak = logits.gather(1, target)[:, 0], logits.amax(-1, keepdim=True)
         p = logits.sub_(peak).exp_()
@@ -58,29 +61,17 @@ def linear_cross_entropy_reference(
         if want_x or want_weight:
             dlogits = _dlogits(p.div_(total), target, valid[rows], 1.0).to(x.dtype)
             if want_x:
-                dx[rows] = _plain_dx(dlogits, weight)
+                dx[rows] = plain_dx(dlogits, weight)
             if want_weight:
                 dweight += dlogits.T @ x[rows]
     return losses if per_token else losses.sum(), stats, dx, dweight
-
-
-def _plain_logits(x, weight):
-    if isinstance(weight, FrozenMatrix):
-        return weight.linear(x)
-    return torch.nn.functional.linear(x, weight)
-
-
-def _plain_dx(dlogits, weight):
-    if isinstance(weight, FrozenMatrix):
-        return weight.input_gradient(dlogits)
-    return dlogits @ weight
 
 
 def linear_cross_entropy_backward_reference(dloss, x, weight, targets, stats, ignore_index):
     """dweight when each token has an upstream gradient of its own: dloss is (N,)."""
     _check_targets(targets, ignore_index, weight.shape[0])  # again: NumPy may have written to them
     dweight = weight.new_zeros(weight.shape, dtype=stats.dtype)
-    for rows in pieces(len(x), _chunk_tokens(len(weight), x.device.type)):
+    for rows in pieces(len(x), chunk_tokens(len(weight), x.device.type)):
         logits = torch.nn.functional.linear(x[rows], weight).to(stats.dtype)
         valid = targets[rows] != ignore_index
         target = targets[rows].where(valid, 0)[:, None]
@@ -114,14 +105,11 @@ def _forward(x, weight, targets, ignore_index, per_token, want_x, want_weight, *
     losses, stats, dx, dweight = _fake(x, weight, targets, ignore_index, True, want_x, want_weight)
     dweight.zero_()
     targets = targets.contiguous()
-    for rows, logits in _logits_by_chunk(x, weight):
+    for rows, logits in logits_by_chunk(x, weight):
         want = want_x or want_weight
         softmax(logits, targets[rows], ignore_index, losses[rows], stats[:, rows], want)
         if want_x:
-            if isinstance(weight, FrozenMatrix):
-                dx[rows] = weight.input_gradient(logits)
-            else:
-                matmul(logits, weight, out=dx[rows])
+            write_input_gradient(dx[rows], logits, weight)
         if want_weight:
             add_matmul(dweight, logits.T, x[rows])
     return losses if per_token else losses.sum(), stats, dx, dweight
@@ -132,36 +120,10 @@ def _backward_weight(dloss, x, weight, targets, stats, ignore_index, *, gradient
     _check_targets(targets, ignore_index, weight.shape[0])
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
     targets = targets.contiguous()
-    for rows, logits in _logits_by_chunk(x, weight):
+    for rows, logits in logits_by_chunk(x, weight):
         gradient(logits, targets[rows], ignore_index, stats[:, rows], dloss[rows])
         add_matmul(dweight, logits.T, x[rows])
     return dweight.to(weight.dtype)
-
-
-def chunk_bytes(tokens: int, vocabulary: int, itemsize: int, device: str) -> int:
-    """The logits that are held at a time."""
-    return min(tokens, _chunk_tokens(vocabulary, device)) * vocabulary * itemsize
-
-
-def _chunk_tokens(vocabulary, device):
-    least = CHUNK_TOKENS_CPU if device == "cpu" else CHUNK_TOKENS
-    return max(least, CHUNK_ELEMENTS // max(1, vocabulary))
-
-
-def _logits_by_chunk(x, weight):
-    """(rows, their logits), chunk by chunk in one buffer; its rows start where loads are widest."""
-    vocabulary = len(weight)
-    chunks = pieces(len(x), _chunk_tokens(vocabulary, x.device.type))
-    length = min(len(x), chunks[0].stop) if chunks else 0
-    buffer = x.new_empty((length, (vocabulary + 15) // 16 * 16))
-    buffer[:, vocabulary:] = 0  # oneDNN on AMX multiplies what lies there too
-    for rows in chunks:
-        logits = buffer[: len(x[rows]), :vocabulary]
-        if isinstance(weight, FrozenMatrix):
-            logits.copy_(weight.linear(x[rows]))
-        else:
-            matmul(x[rows], weight.T, out=logits)
-        yield rows, logits
 
 
 def _softmax_cpp(logits, targets, ignore_index, losses, stats, want_gradient):
@@ -283,7 +245,7 @@ def _backward_frozen(ctx, dloss, *_):
     (dx,) = ctx.saved_tensors
     if dloss is None or dx is None:
         return (None,) * 8
-    return _scaled(dx, dloss.reshape(-1, 1), dx.dtype), *(None,) * 7
+    return scaled(dx, dloss.reshape(-1, 1), dx.dtype), *(None,) * 7
 
 
 def _setup_context(ctx, inputs, output):
@@ -302,23 +264,12 @@ def _backward(ctx, dloss, *_):
         return (None,) * 7
     dx, dweight, *again = ctx.saved_tensors
     if dx is not None:
-        dx = _scaled(dx, dloss.reshape(-1, 1), ctx.dtypes[0])
+        dx = scaled(dx, dloss.reshape(-1, 1), ctx.dtypes[0])
     if dweight is not None:
-        dweight = _scaled(dweight, dloss.reshape(1, 1), ctx.dtypes[1])
+        dweight = scaled(dweight, dloss.reshape(1, 1), ctx.dtypes[1])
     if ctx.late_weight:
         dweight = ops.linear_cross_entropy_backward(dloss, *again, ctx.ignore_index)
     return dx, dweight, None, None, None, None, None
-
-
-def _scaled(grad, dloss, dtype):
-    """The product in fp32, rounded as it is stored."""
-    scaled = grad.new_empty(grad.shape, dtype=dtype)
-    if grad.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.mul(grad, dloss, out=scaled)
-    # PyTorch first stores the product in fp32: that of a few rows stays in the cache.
-    for rows in pieces(len(grad), max(1, SCALED_ELEMENTS // max(1, grad.shape[1]))):
-        torch.mul(grad[rows], dloss if len(dloss) == 1 else dloss[rows], out=scaled[rows])
-    return scaled
 
 
 linear_cross_entropy_op.autograd(_backward, setup_context=_setup_context)

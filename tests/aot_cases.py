@@ -150,6 +150,17 @@ def cross_entropy_cases():
         yield f"{name} none dweight", "backward", (dloss, x, weight, targets, stats, -100)
 
 
+def kl_divergence_cases():
+    for dtype, width, vocabulary in ((BF16, 576, 49152), (FP16, 4096, 32000)):
+        x, weight = meta(dtype, 4096, width), meta(dtype, vocabulary, width)
+        mask, dloss, stats = meta(torch.bool, 4096), meta(FP32, 4096), meta(FP32, 4, 4096)
+        name, heads = f"{NAMES[dtype]} {width} {vocabulary}", (weight, weight, mask)
+        for wanted in ((False, False), (True, False), (True, True)):
+            words = " dx" * wanted[0] + " dweight" * wanted[1]
+            yield f"{name}{words}", "forward", (x, x, *heads, 1.0, False, *wanted)
+        yield f"{name} none dweight", "backward", (dloss, x, x, *heads, stats, 2.0)
+
+
 def linear_swiglu_cases():
     for dtype, width, inner in ((BF16, 576, 1536), (BF16, 4096, 14336), (FP32, 4096, 14336)):
         x, weight = meta(dtype, 2048, width), meta(dtype, 2 * inner, width)
@@ -165,6 +176,7 @@ CASES = {
     "rope": rope_cases,
     "flash_attention": attention_cases,
     "linear_cross_entropy": cross_entropy_cases,
+    "linear_kl_divergence": kl_divergence_cases,
     "linear_swiglu": linear_swiglu_cases,
     "quantize_rows": quantize_cases,
 }

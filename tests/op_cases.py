@@ -131,6 +131,50 @@ def cross_entropy(reduction, ignored):
     )
 
 
+def short(*shape):
+    """Numbers that every dtype holds."""
+    return rand(*shape).bfloat16().half().float()
+
+
+def kl_divergence(reduction, masked=None, own_head=False, **options):
+    def make(size):
+        n, d, v = tokens(size)
+        return {"x": rand(n, d), "weight": rand(v, d)}
+
+    def constants(size):
+        n, d, v = tokens(size)
+        found = {"teacher": short(n, d + 2 if own_head else d)}
+        if own_head:
+            found["teacher_weight"] = short(v, d + 2)
+        if masked:
+            found["mask"] = torch.full((n,), masked != "all") & (torch.arange(n) % 3 != 1)
+        return found
+
+    def call(function):
+        def run(x, weight, teacher, teacher_weight=None, mask=None):
+            theirs = None if teacher_weight is None else teacher_weight.to(x.dtype)
+            return function(
+                x,
+                teacher.to(x.dtype),
+                weight,
+                mask=mask,
+                teacher_weight=theirs,
+                reduction=reduction,
+                **options,
+            )
+
+        return run
+
+    return Case(
+        "linear_kl_divergence",
+        make,
+        call(lk.linear_kl_divergence),
+        call(plain.linear_kl_divergence),
+        constants,
+        never_expanded=("weight",),
+    )
+
+
 CASES = {
     "rms_norm": Case(
         "rms_norm",
@@ -173,4 +217,8 @@ CASES = {
     "cross_entropy_none": cross_entropy("none", "some"),
     "cross_entropy_all_valid": cross_entropy("mean", None),
     "cross_entropy_all_ignored": cross_entropy("mean", "all"),
+    "kl_mean": kl_divergence("mean", "some"),
+    "kl_sum": kl_divergence("sum", temperature=2.5),
+    "kl_none": kl_divergence("none", "some", own_head=True),
+    "kl_all_masked": kl_divergence("mean", "all"),
 }

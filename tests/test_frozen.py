@@ -286,7 +286,7 @@ def test_autocast(dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_loss_over_a_frozen_head(reduction, monkeypatch):
     """In fp64, in chunks, against the loss of the spelled-out logits."""
-    module = __import__("importlib").import_module("llamapro_kernels.linear_cross_entropy")
+    module = __import__("importlib").import_module("llamapro_kernels.linear_head")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 300)
     monkeypatch.setattr(module, "CHUNK_TOKENS_CPU", 3)
     torch.manual_seed(0)

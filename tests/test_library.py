@@ -14,6 +14,7 @@ OPS = {
     "flash_attention",
     "linear_cross_entropy",
     "linear_cross_entropy_frozen",
+    "linear_kl_divergence",
     "linear_swiglu",
     "quantize_rows",
     "rms_norm",

@@ -45,7 +45,7 @@ every_dtype = pytest.mark.parametrize("name, backend, dtype", TYPED, ids=str)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """So that the loss takes several chunks of these few tokens, its gradients a few rows each."""
-    module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
+    module = importlib.import_module("llamapro_kernels.linear_head")
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 300)
     monkeypatch.setattr(module, "CHUNK_TOKENS", 3)
     monkeypatch.setattr(module, "CHUNK_TOKENS_CPU", 3)
@@ -217,7 +217,7 @@ def gradient_outputs(calls):
         name = function.name()
         if "_backward" in name:
             count += sum(o.numel() > 0 for o in outputs)
-        elif "linear_cross_entropy" in name:
+        elif "linear_cross_entropy" in name or "linear_kl_divergence" in name:
             count += sum(o.numel() > 0 for o in outputs[2:])
     return count
 
@@ -324,6 +324,9 @@ KEPT = {
     ("cross_entropy_sum", "weight"): set(),
     ("cross_entropy_none", "x"): set(),
     ("cross_entropy_none", "weight"): {"x", "weight"},
+    ("kl_mean", "x"): set(),
+    ("kl_sum", "weight"): set(),
+    ("kl_none", "weight"): {"x", "weight"},
 }
 
 

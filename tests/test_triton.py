@@ -136,11 +136,14 @@ def products_of_a_gpu(monkeypatch):
 @pytest.fixture
 def two_chunks(monkeypatch):
     """The 21 tokens of the loss's typical case in chunks of 11."""
-    module = importlib.import_module("llamapro_kernels.linear_cross_entropy")
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 11 * 97)
-    monkeypatch.setattr(module, "CHUNK_TOKENS", 1)
-    monkeypatch.setattr(module, "CHUNK_TOKENS_CPU", 1)
-    monkeypatch.setattr(module, "_check_targets", lambda *_: None)  # a GPU does without
+    head, loss = (
+        importlib.import_module(f"llamapro_kernels.{name}")
+        for name in ("linear_head", "linear_cross_entropy")
+    )
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 11 * 97)
+    monkeypatch.setattr(head, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(head, "CHUNK_TOKENS_CPU", 1)
+    monkeypatch.setattr(loss, "_check_targets", lambda *_: None)  # a GPU does without
 
 
 def prepare(name, wanted):

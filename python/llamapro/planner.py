@@ -25,7 +25,7 @@ from llamapro_kernels import cost
 from llamapro_kernels.attention import visible_pairs
 from llamapro_kernels.block import RECOMPUTE
 from llamapro_kernels.frozen import has_units
-from llamapro_kernels.linear_cross_entropy import chunk_bytes
+from llamapro_kernels.linear_head import chunk_bytes
 
 MASTER, MOMENTS, GRADIENT = 4, 8, 4  # bytes of a trainable parameter, in fp32
 USABLE = 0.95  # of a limit: allocators lose some between tensors, and libraries take some

@@ -1,4 +1,5 @@
 import os
+import resource
 from collections import Counter
 
 os.environ.setdefault("LLAMAPRO_TRITON", "1")  # test_aot compiles the kernels without a GPU
@@ -112,3 +113,44 @@ def calls(monkeypatch):
     for name in ("decoder_block", "linear_cross_entropy", "flash_attention", "rms_norm", "swiglu"):
         counted(name)
     return count
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A model directory with a byte-level tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<eos>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["def f(x): return x"], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text('{"eos_token_id": 0}')
+    return directory
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus" / "deep"
+    folder.mkdir(parents=True)
+    for i in range(20):
+        (folder / f"f{i}.py").write_text(f"value_{i} = {i}\n" * 10)
+    (folder / "notes.txt").write_text("not code")
+    (folder / "empty.py").write_text("\n")
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def small_files():
+    """The system refuses to let a file grow, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,5 +1,4 @@
 import os
-import resource
 import shutil
 
 import pytest
@@ -49,15 +48,6 @@ def test_a_disk_too_small_is_named_in_units_that_show_it(tmp_path, monkeypatch):
         new_directory(tmp_path / "out", needs=2_000_000),
     ):
         pass
-
-
-@pytest.fixture
-def small_files():
-    """The system refuses to let a file grow, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_write_that_fails_names_the_file(tmp_path, small_files):

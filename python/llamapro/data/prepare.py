@@ -80,7 +80,11 @@ def prepare(
             **_counts(corpus, survey, parts),
         }
         encode = _Encoder(encoder, template, separator_id)
-        meta |= _write(directory, corpus, parts, encode, _identity(survey, parts, meta, template))
+        identity = _identity(survey, parts, meta, template)
+        try:
+            meta |= _write(directory, corpus, parts, encode, identity)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command goes on from here") from None
         text = json.dumps(meta, indent=2) + "\n"
         (directory / "meta.json").write_text(text, encoding="utf-8")
     return meta
@@ -155,6 +159,8 @@ def _survey(corpus: Corpus, template: ChatTemplate | None, questions: Questions 
         found = _listed([d.place for d in corpus.text_files] or [s.name for s in corpus.sources])
         what = "files match" if corpus.text_files else "documents"
         raise DataError(f"{blank} {what}, none is UTF-8 text that is not blank: {found}")
+    if blank + contaminated == len(sizes):
+        raise DataError(f"all {contaminated} documents hold a question of a benchmark")
     if contaminated:
         log.info("dropped %d documents that hold a question of a benchmark", contaminated)
     columns = (np.asarray(column) for column in (sizes, keys, hashes, sources))
@@ -173,11 +179,12 @@ def _parts(survey: Survey, heldout: float) -> np.ndarray:
     parts[twice] = LEFT_OUT
     if twice.any():
         log.info("dropped %d documents for training that are also held out", twice.sum())
-    needed = "train" if heldout < 1 else "heldout"
-    if not (parts == PARTS.index(needed)).any():
+    if heldout < 1 and not (parts == PARTS.index("train")).any():
+        count = int((survey.sizes > 0).sum())
         raise DataError(
-            f"documents for {needed}.bin expected, got none: of {len(parts)}, {twice.sum()} are also"
-            f" held out, {survey.contaminated} hold a question of a benchmark"
+            f"{count} document{'s' * (count > 1)} cannot be split by file or row into training and"
+            f" held-out text, {twice.sum()} said the same as a held-out one; more of them, or"
+            " heldout 0 or 1, expected"
         )
     return parts
 
@@ -197,13 +204,8 @@ def _split(sizes: np.ndarray, keys: np.ndarray, heldout: float) -> np.ndarray:
         if taken + size <= 2 * share:
             parts[place] = aside
             taken += size
-    if 0 < heldout < 1 and not taken and len(order):
+    if 0 < heldout < 1 and not taken:
         parts[order[np.argmin(sizes[order])]] = aside
-        if len(order) == 1:
-            raise DataError(
-                "1 document cannot be split by file or row into training and held-out text;"
-                " more of them, or heldout 0 or 1, expected"
-            )
     return parts
 
 

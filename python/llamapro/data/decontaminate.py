@@ -60,7 +60,7 @@ def _questions(root: Path) -> Iterator[str]:
     for file in sorted(root.rglob("*.jsonl")):
         if not file.name.startswith(NOT_TESTS):
             for _, row in rows_of(file).numbered():
-                found = [row.get(name) for name in FIELDS] if isinstance(row, dict) else []
+                found = (row.get(name) for name in FIELDS)
                 yield from (text for text in found if isinstance(text, str))
 
 

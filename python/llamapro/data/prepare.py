@@ -157,8 +157,8 @@ def _survey(corpus: Corpus, template: ChatTemplate | None, questions: Questions 
         log.warning("skipped %d files that are not UTF-8 text: %s", len(skipped), _listed(skipped))
     if blank == len(sizes):
         found = _listed([d.place for d in corpus.text_files] or [s.name for s in corpus.sources])
-        what = "files match" if corpus.text_files else "documents"
-        raise DataError(f"{blank} {what}, none is UTF-8 text that is not blank: {found}")
+        what = f"{blank} files match" if corpus.text_files else f"rows read: {blank}"
+        raise DataError(f"{what}, none is UTF-8 text that is not blank: {found}")
     if blank + contaminated == len(sizes):
         raise DataError(f"all {contaminated} documents hold a question of a benchmark")
     if contaminated:

@@ -53,7 +53,13 @@ class Part(NamedTuple):
 
     def numbered(self, columns=None) -> Iterator[tuple[int, dict]]:
         try:
-            yield from self.rows(columns)
+            for number, row in self.rows(columns):
+                if not isinstance(row, dict):
+                    got = shown(row)
+                    raise DataError(
+                        f"row {number}: an object with named fields expected, got {got}"
+                    )
+                yield number, row
         except DataError as error:
             raise DataError(f"{self.place}: {error}") from None
         except Exception as error:  # five libraries read rows, and share no narrower class
@@ -161,7 +167,7 @@ def _columns(source: Source, text_field: str | None) -> tuple[str, ...]:
     known = COLUMNS if text_field is None else ((text_field,),)
     for part in source.parts:
         for number, row in part.numbered():
-            has = [c for c in known if all(_fields(row).get(name) is not None for name in c)]
+            has = [c for c in known if all(row.get(name) is not None for name in c)]
             if not has:
                 expected = " or ".join(" + ".join(columns) for columns in known)
                 raise DataError(
@@ -171,15 +177,9 @@ def _columns(source: Source, text_field: str | None) -> tuple[str, ...]:
     raise DataError(f"{source.name}: rows expected, got none")
 
 
-def _fields(row) -> dict:
-    if not isinstance(row, dict):
-        raise DataError(f"an object with named fields expected, got {shown(row)}")
-    return row
-
-
-def _content(row, columns: tuple[str, ...], is_chat: bool) -> str | list[dict]:
+def _content(row: dict, columns: tuple[str, ...], is_chat: bool) -> str | list[dict]:
     """The text, or the messages, of a row."""
-    missing = [name for name in columns if _fields(row).get(name) is None]
+    missing = [name for name in columns if row.get(name) is None]
     if missing:
         raise DataError(f"{' + '.join(columns)}, as in the first row, expected, got {shown(row)}")
     values = [row[name] for name in columns]

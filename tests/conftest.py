@@ -17,6 +17,7 @@ from stock_models import SIZES
 import llamapro_kernels as lk
 
 LONGEST = ("test_aot.py", "test_planner.py", "test_trainers.py", "test_kills.py", "test_fuzz.py")
+LONGEST += ("test_prepare.py",)
 
 
 def pytest_collection_modifyitems(items):

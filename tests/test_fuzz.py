@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llamapro import Llama, LlamaConfig
 from llamapro import expand as expand_in_memory
+from llamapro.data.chat import ChatTemplate
+from llamapro.data.sources import open_corpus
 from llamapro.data.tokens import TokenDataset, load_tokens
 from llamapro.expansion import expand_checkpoint
 from llamapro.hf import entries_of, write_model
@@ -31,6 +33,7 @@ from llamapro.tokenizer import encode, load_tokenizer
 from llamapro.train import loop as train_module
 from llamapro.train import train
 from llamapro.train.loop import take_step
+from row_files import write_rows
 
 tokenizers = pytest.importorskip("tokenizers")
 STEP = "checkpoints/step-00000002"
@@ -83,6 +86,16 @@ def use_tokenizer(directory, _):
     encode(load_tokenizer(directory), "to be or not to be")
 
 
+def use_template(directory, _):
+    ChatTemplate.of(directory).encode(TURNS)
+
+
+def read_documents(directory, _):
+    for file in ROW_FILES:
+        for document in open_corpus([directory / file]).documents():
+            document.read()
+
+
 def read_rows(directory, _):
     TokenDataset(load_tokens(directory, "train", 61), 16).batch(0, 2)
 
@@ -91,6 +104,8 @@ def resume(directory, _):
     train(replace(SETTINGS["run"], out=str(directory)), resume=True)
 
 
+TURNS = [{"role": "user", "content": "to be"}, {"role": "assistant", "content": "or not"}]
+ROW_FILES = ("a.json", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.parquet")
 SETTINGS = {}  # of the run that is resumed, and the base of the new blocks
 # By name: the files that are changed, what reads them, given the directory and a place to write
 # to, and how many changes are tried.
@@ -108,6 +123,8 @@ TARGETS = {
     "decoder": (("config.json", "model.safetensors"), expand_by_transformers, 80),
     "new blocks": (("new_blocks.json", "new_blocks.safetensors"), join, 300),
     "tokenizer": (("tokenizer.json",), use_tokenizer, 150),
+    "chat": (("tokenizer_config.json", "chat_template.jinja"), use_template, 150),
+    "documents": (ROW_FILES, read_documents, 300),
     "data": (("meta.json", "train.bin"), read_rows, 150),
     "run": (
         ("config.json", "metrics.jsonl", f"{STEP}/state.json", f"{STEP}/state.safetensors"),
@@ -177,18 +194,34 @@ def new_blocks_directory(model_directory, tmp_path):
 
 
 @pytest.fixture
+def chat_directory(model_directory, tmp_path):
+    directory = shutil.copytree(model_directory, tmp_path / "chat")
+    text = "{% for m in messages %}{{ bos_token }}{{ m.role + m.content }}\n{% endfor %}"
+    (directory / "chat_template.jinja").write_text(text)
+    special = {"bos_token": {"content": "[UNK]"}, "chat_template": [{"name": "default"}]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(special))
+    return directory
+
+
+@pytest.fixture
+def documents_directory(tmp_path):
+    (tmp_path / "documents").mkdir()
+    for name in ROW_FILES[1:]:
+        write_rows(tmp_path / "documents" / name, [{"messages": TURNS}] * 2)
+    (tmp_path / "documents" / ROW_FILES[0]).write_text(json.dumps({"messages": TURNS}))
+    return tmp_path / "documents"
+
+
+@pytest.fixture
 def pristine(request, model_directory, token_data):
     """The directory that a target reads."""
 
     def directory(target):
         if target == "data":
             return token_data("pristine")
-        own = {
-            "run": "run_directory",
-            "decoder": "decoder_directory",
-            "new blocks": "new_blocks_directory",
-        }
-        return request.getfixturevalue(own.get(target, "model_directory"))
+        if target in ("run", "decoder", "new blocks", "chat", "documents"):
+            return request.getfixturevalue(f"{target.replace(' ', '_')}_directory")
+        return request.getfixturevalue("model_directory")
 
     return directory
 
@@ -359,7 +392,8 @@ def test_files_that_were_changed(target, pristine, tmp_path):
         except SAID_IN_ONE_LINE as error:
             ended.add("refused")
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000, str(error)
-        assert target == "run" or watch.opened() == b""  # a run may lie wherever its owner likes
+        # A run and documents may lie wherever their owner likes.
+        assert target in ("run", "documents") or watch.opened() == b""
 
     changed()
     assert ended == {"read", "refused"}

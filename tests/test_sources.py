@@ -1,7 +1,6 @@
 """Rows of files and of datasets, what is read from them, and what is refused."""
 
 import gzip
-import json
 import sys
 
 import pytest
@@ -9,37 +8,9 @@ from llamapro.data import sources as module
 from llamapro.data.prepare import prepare
 from llamapro.data.sources import open_corpus
 from llamapro.data.tokens import DataError
-
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
+from row_files import as_array, as_lines, write_rows, zstd
 
 ROWS = [{"id": i, "text": f"row {i}\nä{i}", "other": None} for i in range(700)]
-
-
-def as_lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def as_array(rows):
-    return json.dumps(rows, indent=1).encode()
-
-
-def zstd(content):
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(content)
-    return sink.getvalue().to_pybytes()
-
-
-def write_rows(path, rows=ROWS):
-    """In the form that the suffix says."""
-    if path.suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
-    else:
-        content = as_array(rows) if path.suffix == ".json" else as_lines(rows)
-        content = gzip.compress(content) if path.suffix == ".gz" else content
-        path.write_bytes(zstd(content) if path.suffix == ".zst" else content)
-    return path
 
 
 def read(*sources, **settings):
@@ -50,7 +21,7 @@ def read(*sources, **settings):
 @pytest.mark.parametrize("suffix", module.ROW_FILES)
 def test_rows_of_every_kind_of_file(tmp_path, monkeypatch, suffix, piece):
     monkeypatch.setattr(module, "PIECE", piece)
-    file = write_rows(tmp_path / f"a{suffix}")
+    file = write_rows(tmp_path / f"a{suffix}", ROWS)
     assert read(file) == [row["text"] for row in ROWS]
     documents = [*open_corpus([file]).documents()]
     assert documents[2].place == f"{file}, row 3" and documents[2].name == f"a{suffix}:3"
@@ -193,7 +164,7 @@ def test_a_parquet_file_without_the_column(tokenizer, tmp_path):
 
 
 def test_text_and_chat_are_not_mixed(tmp_path):
-    text, chat = write_rows(tmp_path / "t.jsonl"), write_rows(tmp_path / "c.jsonl", [ALPACA])
+    text, chat = write_rows(tmp_path / "t.jsonl", ROWS), write_rows(tmp_path / "c.jsonl", [ALPACA])
     file = write_bytes(tmp_path / "f.txt", b"a")
     for one in (text, file):
         with pytest.raises(
@@ -249,7 +220,7 @@ def test_without_the_extra(tmp_path, monkeypatch):
 def test_a_source_that_changes_between_the_readings(tokenizer, tmp_path, monkeypatch):
     from llamapro.data import prepare as prepare_module
 
-    file, split = write_rows(tmp_path / "a.jsonl"), prepare_module._split
+    file, split = write_rows(tmp_path / "a.jsonl", ROWS), prepare_module._split
 
     def change(*of):
         write_rows(file, rows)
@@ -257,7 +228,7 @@ def test_a_source_that_changes_between_the_readings(tokenizer, tmp_path, monkeyp
 
     monkeypatch.setattr(prepare_module, "_split", change)
     for rows in (ROWS[:-1], [*ROWS, ROWS[0]]):
-        write_rows(file)
+        write_rows(file, ROWS)
         with pytest.raises(DataError, match=f"700 documents expected, got {len(rows)}"):
             prepare([file], tokenizer, tmp_path / "out")
         assert not list(tmp_path.glob("*out*"))

@@ -41,7 +41,6 @@ class ChatTemplate:
 
     def _render(self, messages, prompt=False, spans=False) -> tuple[str, list[tuple[int, int]]]:
         templates = needed("transformers.utils.chat_template_utils")
-        jinja2 = needed("jinja2")
         try:
             (text,), found = templates.render_jinja_template(
                 conversations=[_without_none(messages)],
@@ -50,8 +49,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=spans,
                 **self.special_tokens,
             )
-        # What a template computes may fail in any of these ways.
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise DataError(f"the chat template refuses it: {one_line(error)}") from None
         return text, found[0] if spans else []
 
@@ -155,7 +153,10 @@ def _template(directory: Path, config: dict) -> str:
     """chat_template.jinja, or what tokenizer_config.json has: a template, or several by name."""
     if (directory / "chat_template.jinja").exists():
         file = file_in(directory, "chat_template.jinja", MAX_COMPANION_BYTES)
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: UTF-8 text expected: {error}") from None
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

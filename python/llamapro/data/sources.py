@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llamapro.data.tokens import DataError
-from llamapro.storage import one_line, shown
+from llamapro.storage import check_regular, one_line, shown
 
 HUB = "hf:"
 SPLITS = ("train", "validation", "test")
@@ -225,6 +225,7 @@ def _search(source: Path, pattern: str) -> Iterator[tuple[Path, Path]]:
     if not source.exists():
         raise DataError(f"{source}: text expected, got no such file or folder")
     if not source.is_dir():
+        check_regular(source)  # it is read twice
         yield source, Path(source.name)
         return
     for file in source.rglob(pattern):

@@ -40,17 +40,17 @@ def test_json_lines_under_the_name_json_and_blank_lines(tmp_path):
 
 
 def test_files_of_rows_in_a_folder(tmp_path):
-    """They are text, as code is, unless they are named or the pattern names them."""
+    """They are rows; but .json is text, as code is, unless it or its suffix is named."""
     folder = tmp_path / "folder"
     (folder / "deep").mkdir(parents=True)
     for name in ("b.jsonl", "deep/a.jsonl.gz", "c.json", "d.txt"):
         write_rows(folder / name, [{"text": name}])
-    lines = as_lines([{"text": "b.jsonl"}]).decode()
-    assert lines in read(folder, pattern="[bcd].*")
+    as_text = (folder / "c.json").read_text()
+    assert as_text in read(folder, pattern="[bcd].*") and "b.jsonl" in read(folder)
     assert read(folder, pattern="*.jsonl") == ["b.jsonl"]
     assert read(folder, pattern="*.json*") == ["b.jsonl", "c.json", "deep/a.jsonl.gz"]
-    both = read(folder, folder / "b.jsonl", pattern="[bcd].*")
-    assert "b.jsonl" in both and lines not in both and len(both) == 3
+    both = read(folder, folder / "c.json", pattern="[bcd].*")
+    assert "c.json" in both and as_text not in both and len(both) == 3
 
 
 CHAT = [("user", "q"), ("assistant", "a")]

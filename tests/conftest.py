@@ -1,6 +1,7 @@
 import os
 import resource
 from collections import Counter
+from pathlib import Path
 
 os.environ.setdefault("LLAMAPRO_TRITON", "1")  # test_aot compiles the kernels without a GPU
 # What an earlier state of the ops has compiled looks the same to inductor's cache.
@@ -155,3 +156,11 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def real_data():
+    """Benchmarks and corpora that are not part of this repository."""
+    if "LLAMAPRO_DATA" not in os.environ:
+        pytest.skip("LLAMAPRO_DATA names no folder of real data")
+    return Path(os.environ["LLAMAPRO_DATA"])

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llamapro.data import prepare as module
 from llamapro.data.chat import ChatTemplate
 from llamapro.data.prepare import prepare
+from llamapro.data.sources import open_corpus
 from llamapro.data.tokens import DataError
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -208,6 +210,46 @@ def test_conversations_become_token_files(model, tmp_path):
         assert [expected[d] for d in documents] == [mask.tolist() for mask in cut[1]]
         found += documents
     assert sorted(found) == sorted(order)
+
+
+def test_a_stopped_one_goes_on(model, tmp_path, monkeypatch):
+    directory, _ = model(template("chatml"))
+    rows = [{"prompt": f"{i}?", "completion": f"{i}!" * (i % 7)} for i in range(100)]
+    file = rows_file(tmp_path / "chat.jsonl", rows)
+    prepare([file], directory, tmp_path / "calm")
+    monkeypatch.setattr(module, "BATCH", 500)
+    encode, given = ChatTemplate.encode_all, []
+
+    def stop(chat, documents):
+        given.append(len(documents))
+        if len(given) == 5:
+            raise KeyboardInterrupt
+        return encode(chat, documents)
+
+    monkeypatch.setattr(ChatTemplate, "encode_all", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([file], directory, tmp_path / "out")
+    prepare([file], directory, tmp_path / "out")
+    assert len(given) > 6 and sum(given) - given[4] == 100
+    calm, out = (
+        {f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("calm", "out")
+    )
+    assert calm == out and len(calm) == 7
+
+
+def test_real_conversations(real_data, model, tmp_path):
+    directory, theirs = model(template("smollm2"))
+    for name in ("alpaca_en_demo.json", "dolly_hhrlhf_small.jsonl"):
+        file = real_data / "sft" / name
+        meta = prepare([file], directory, tmp_path / name, heldout=0)
+        messages = [document.read() for document in open_corpus([file]).documents()]
+        ids = [theirs.apply_chat_template(turns, return_dict=False) for turns in messages]
+        written = np.fromfile(tmp_path / name / "train.bin", dtype=np.uint16)
+        assert meta["documents"]["train"] == len(messages) and meta["duplicates"] == 0
+        assert written.tolist() == [token for document in ids for token in document]
+        loss = np.fromfile(tmp_path / name / "train.bin.loss", dtype=bool)
+        answers = "".join(turns[-1]["content"] + "<|im_end|>" for turns in messages)
+        assert theirs.decode(written[loss]) == answers
 
 
 def turns(*roles):

@@ -1,10 +1,8 @@
 """Documents that hold a question of a benchmark."""
 
 import json
-import os
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,20 +105,13 @@ def test_contaminated_documents_are_dropped(tokenizer, tmp_path, caplog):
     assert not list(tmp_path.glob("*none*"))
 
 
-@pytest.fixture
-def data():
-    if "LLAMAPRO_DATA" not in os.environ:
-        pytest.skip("LLAMAPRO_DATA names no folder of real data")
-    return Path(os.environ["LLAMAPRO_DATA"])
-
-
-def test_real_benchmarks(data):
+def test_real_benchmarks(real_data):
     """Their own test questions are found, and other text is not; at 5 MB/s or more."""
-    questions = Questions(data / "bench")
-    rows = open_corpus([data / "bench" / "gsm8k" / "test.jsonl"], text_field="question")
+    questions = Questions(real_data / "bench")
+    rows = open_corpus([real_data / "bench" / "gsm8k" / "test.jsonl"], text_field="question")
     asked = [row.read() for row in rows.documents()]
     assert sum(map(questions.are_in, asked)) >= 0.99 * len(asked)
-    corpus = open_corpus([data / "text" / "legal"], pattern="*.jsonl")
+    corpus = open_corpus([real_data / "text" / "legal"], pattern="*.jsonl")
     opinions = [opinion.read() for opinion in corpus.documents()]
     start = time.process_time()
     found = sum(map(questions.are_in, opinions))

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import random
+import re
 import time
 
 import numpy as np
@@ -267,6 +269,33 @@ def test_a_document_too_large(tokenizer, tmp_path, monkeypatch):
         prepare([folder / "a", folder / "b"], tokenizer, tmp_path / "out")
     prepare([folder / "b"], tokenizer, tmp_path / "out", heldout=0)
     assert len(texts(tmp_path / "out", tokenizer)) == 1
+
+
+def test_a_shard_that_is_gone_is_written_again(corpus, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 300)
+    prepare([corpus], tokenizer, tmp_path / "calm")
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=3)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], tokenizer, tmp_path / "out")
+    os.truncate(tmp_path / ".out.partial" / "train.bin", 10)
+    prepare([corpus], tokenizer, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_how_far_it_is(corpus, tokenizer, tmp_path, monkeypatch, caplog, capsys, terminal):
+    caplog.set_level("INFO", "llamapro")
+    monkeypatch.setattr(module, "PLAIN_EVERY", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    prepare([corpus], tokenizer, tmp_path / "out")
+    lines = [line for line in caplog.messages if line.startswith(("reading", "encoding"))]
+    assert len(lines) == (0 if terminal else 22 + 21)
+    assert terminal or re.fullmatch(
+        r"encoding: 20 documents, \d\.\d MB/s, 0\.0 min left", lines[-2]
+    )
+    assert bool(capsys.readouterr().err) == terminal
 
 
 def interrupted(monkeypatch, after, error=KeyboardInterrupt):

@@ -23,19 +23,21 @@ class Shards:
         self.journal = directory / "journal.json"
         kinds = (".bin", ".bin.index", *([".bin.loss"] if is_chat else []))
         state = read_json(self.journal) if self.journal.exists() else {}
-        if state.get("identity") == identity:
+        sizes = state.get("sizes", {})
+        whole = all(os.path.getsize(directory / name) >= size for name, size in sizes.items())
+        if whole and state.get("identity") == identity:
             log.info("going on after %d documents", state["done"])
         else:
             if state:
                 log.info("starting anew: other settings or sources than those of the stopped one")
             clear(directory)
-            state = {}
+            state, sizes = {}, {}
         self.done, self.max_token = state.get("done", 0), state.get("max_token", 0)
         self.files = {}
         with ExitStack() as stack:
             for name in (f"{part}{kind}" for part in PARTS for kind in kinds):
                 file = stack.enter_context(open(directory / name, "ab"))
-                file.truncate(state.get("sizes", {}).get(name, 0))
+                file.truncate(sizes.get(name, 0))
                 file.seek(0, os.SEEK_END)
                 self.files[name] = file
             self.stack = stack.pop_all()

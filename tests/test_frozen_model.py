@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from llamapro import Llama, cli, expand, planner
 from llamapro.frozen import FORMS, FrozenLinear, matrices_in_8_bits
@@ -161,22 +162,32 @@ def test_other_files_of_the_base_are_noticed(config, monkeypatch):
             file.write_bytes(content)
         return take_step(model, *rest)
 
-    last = max(Checkpoint(config.model).tensors)
     monkeypatch.setattr(module, "take_step", change)
     with pytest.raises(RuntimeError, match="changed during the run"):
         train(replace(config, frozen="8bit"))
-    assert last and not (Path(config.out) / "final").exists()
+    assert not (Path(config.out) / "final").exists()
 
 
 def test_the_command_line_evaluates_and_generates_over_8_bits(config, capsys, monkeypatch):
+    words = tokenizers.models.WordLevel({f"t{i}": i for i in range(61)}, unk_token="t0")
+    tokenizers.Tokenizer(words).save(f"{config.model}/tokenizer.json")
+
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["llamapro", *arguments])
         cli.main()
         return capsys.readouterr().out
 
+<<<<<<< HEAD
     options = ["--seq-len", "16", "--dtype", "bfloat16", "--device", "cpu", "--frozen"]
     values = {form: run("eval", config.model, *config.data, *options, form) for form in FORMS}
     assert values["8bit"] == values["8bit-compact"] != values["bf16"]
+=======
+    options = ["--dtype", "bfloat16", "--device", "cpu", "--frozen"]
+    for command in (["eval", config.model, config.data, "--seq-len", "16"],
+                    ["generate", config.model, "t7"]):  # fmt: skip
+        said = {form: run(*command, *options, form) for form in FORMS}
+        assert said["8bit"] == said["8bit-compact"] != said["bf16"], said
+>>>>>>> faster-tests
 
 
 # ---- what it will cost

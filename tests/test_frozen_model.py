@@ -177,17 +177,11 @@ def test_the_command_line_evaluates_and_generates_over_8_bits(config, capsys, mo
         cli.main()
         return capsys.readouterr().out
 
-<<<<<<< HEAD
-    options = ["--seq-len", "16", "--dtype", "bfloat16", "--device", "cpu", "--frozen"]
-    values = {form: run("eval", config.model, *config.data, *options, form) for form in FORMS}
-    assert values["8bit"] == values["8bit-compact"] != values["bf16"]
-=======
     options = ["--dtype", "bfloat16", "--device", "cpu", "--frozen"]
-    for command in (["eval", config.model, config.data, "--seq-len", "16"],
-                    ["generate", config.model, "t7"]):  # fmt: skip
+    evaluation = ["eval", config.model, *config.data, "--seq-len", "16"]
+    for command in (evaluation, ["generate", config.model, "t7"]):
         said = {form: run(*command, *options, form) for form in FORMS}
         assert said["8bit"] == said["8bit-compact"] != said["bf16"], said
->>>>>>> faster-tests
 
 
 # ---- what it will cost

@@ -287,6 +287,7 @@ def _read(saved: list[Path], shapes: dict[str, tuple]) -> tuple[dict, dict[str, 
     try:
         state = storage.read_json(folder / "state.json")
         _check_digest(state)
+        storage.check_regular(folder / "state.safetensors")
         tensors = load_file(folder / "state.safetensors")
         expected = {name: (tuple(shape), torch.float32) for name, shape in shapes.items()}
         got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -101,10 +101,8 @@ class ChatTemplate:
 
 
 def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
-    """1 for each token that overlaps a span. A token also has what its tokenizer cuts off before
-    it, such as a space."""
+    """1 for each token that overlaps a span."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    starts = np.minimum(starts, np.concatenate([[0], ends])[:-1])
     mask = np.zeros(len(offsets), dtype=np.uint8)
     for start, end in spans:
         mask[(starts < end) & (ends > start)] = 1

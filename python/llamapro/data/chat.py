@@ -31,9 +31,14 @@ class ChatTemplate:
     @classmethod
     def of(cls, model_directory) -> "ChatTemplate":
         """Raises DataError when the directory has no chat template."""
+        from tokenizers import processors
+
         directory = Path(model_directory)
         config, special = _tokenizer_config(directory)
-        return cls(load_tokenizer(directory), _template(directory, config), special)
+        tokenizer = load_tokenizer(directory)
+        # It would add special tokens, which the template writes, and cut white space off offsets.
+        tokenizer.post_processor = processors.Sequence([])
+        return cls(tokenizer, _template(directory, config), special)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises DataError when the template refuses it."""

@@ -101,7 +101,8 @@ def model(tmp_path):
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(["assistant user system Well, and you?"] * 3, trainer)
+        learned = "assistant user system Well, and you?\n    x"
+        tokenizer.train_from_iterator([learned] * 3, trainer)
         tokenizer.save(str(directory / "tokenizer.json"))
         (directory / "config.json").write_text('{"eos_token_id": 2}')
         (directory / "tokenizer_config.json").write_text(json.dumps(special))
@@ -144,14 +145,17 @@ def test_a_template_that_marks_generation(model, name, messages):
     assert plain[0] == ids and plain[1].tolist() == mask.tolist()
 
 
-def test_white_space_that_a_token_leaves_out_of_its_offsets(model):
-    """Code that is indented is learned with its first indentation."""
-    trimmed = tokenizers.processors.ByteLevel(trim_offsets=True)
-    directory, theirs = model(template("chatml"), processor=trimmed)
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "   x   y"}]
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_token_across_the_start_of_an_answer_is_a_target(model, trim):
+    """Code that is indented is learned with its first indentation, as the token holds the line's
+    end before it; also where the tokenizer leaves white space out of a token's place."""
+    processor = tokenizers.processors.ByteLevel(trim_offsets=trim)
+    directory, theirs = model(template("chatml"), processor=processor)
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "    x  y"}]
     ids, mask = ChatTemplate.of(directory).encode(messages)
+    assert "ĊĠĠĠ" in theirs.convert_ids_to_tokens(ids)
     said = [i for i, target in zip(ids, mask, strict=True) if target]
-    assert theirs.decode(said) == "   x   y<|im_end|>"
+    assert theirs.decode(said) == "\n    x  y<|im_end|>"
 
 
 def test_a_special_token_in_a_message_is_one(model):

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from llamapro.data import decontaminate as module
 from llamapro.data.decontaminate import Questions
 from llamapro.data.prepare import prepare
 from llamapro.data.sources import open_corpus
@@ -51,8 +52,10 @@ def test_which_files_and_fields_are_questions(tmp_path):
     assert not questions.are_in(words("choice")) and not questions.are_in(words("other"))
 
 
-def test_words_are_those_of_a_search(tmp_path):
+@pytest.mark.parametrize("bits", [2, 24])
+def test_words_are_those_of_a_search(tmp_path, monkeypatch, bits):
     """Against the plain way: words by a regular expression, every run compared as text."""
+    monkeypatch.setattr(module, "SEEN_BITS", bits)
     chance = np.random.default_rng(0)
     letters = [*"aB1_ -.\né漢“”ß٣\u0301İΣ", " ", " "]
 

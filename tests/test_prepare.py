@@ -338,7 +338,7 @@ def test_a_changed_one_starts_anew(corpus, tokenizer, tmp_path, monkeypatch, cap
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus], tokenizer, tmp_path / "out")
     if change == "text":
-        (corpus / "notes.txt").write_text("Not code")
+        (corpus / "deep" / "notes.txt").write_text("Not code")
     settings = {"heldout": {"heldout": 0.5}, "separator": {"separator": "a"}}.get(change, {})
     where = corpus / "deep" if change == "sources" else corpus
     prepare([where], tokenizer, tmp_path / "out", **settings)

@@ -31,9 +31,14 @@ class ChatTemplate:
     @classmethod
     def of(cls, model_directory) -> "ChatTemplate":
         """Raises DataError when the directory has no chat template."""
+        from tokenizers import processors
+
         directory = Path(model_directory)
         config, special = _tokenizer_config(directory)
-        return cls(load_tokenizer(directory), _template(directory, config), special)
+        tokenizer = load_tokenizer(directory)
+        # It would add special tokens, which the template writes, and cut white space off offsets.
+        tokenizer.post_processor = processors.Sequence([])
+        return cls(tokenizer, _template(directory, config), special)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises DataError when the template refuses it."""
@@ -101,10 +106,8 @@ class ChatTemplate:
 
 
 def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
-    """1 for each token that overlaps a span. A token also has what its tokenizer cuts off before
-    it, such as a space."""
+    """1 for each token that overlaps a span."""
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    starts = np.minimum(starts, np.concatenate([[0], ends])[:-1])
     mask = np.zeros(len(offsets), dtype=np.uint8)
     for start, end in spans:
         mask[(starts < end) & (ends > start)] = 1

@@ -104,7 +104,7 @@ class Sharding(accelerate.Accelerator):
 accelerate.Accelerator = Sharding
 """
 FSDP = """
-import json, sys
+import json
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
@@ -116,28 +116,30 @@ from llamapro_kernels.integrations import transformers as lkt
 torch.set_num_threads(1)
 blocks, block = [], lk.decoder_block
 lk.decoder_block = lambda *args, **options: blocks.append(1) or block(*args, **options)
-plugin = FullyShardedDataParallelPlugin(
-    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_offload=False
-)
-accelerator = Accelerator(fsdp_plugin=plugin)
-model = model_of("llama")
-model.requires_grad_(False)
-model.model.layers[1].requires_grad_(True)
-if sys.argv[1] == "applied":
-    lkt.apply(model)
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-model, optimizer = accelerator.prepare(model, optimizer)
-assert all(isinstance(p, DTensor) for p in model.parameters())
-losses = []
-for ids in rows(2 * STEPS)[accelerator.process_index :: 2]:
-    tokens = torch.tensor([ids])
-    loss = model(input_ids=tokens, labels=tokens).loss
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(accelerator.gather(loss.detach()[None]).mean().item())
-if accelerator.is_main_process:
-    print(json.dumps({"losses": losses, "blocks": len(blocks)}))
+for apply in (True, False):
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_offload=False
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin)
+    model = model_of("llama")
+    model.requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    if apply:
+        lkt.apply(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    losses = []
+    for ids in rows(2 * STEPS)[accelerator.process_index :: 2]:
+        tokens = torch.tensor([ids])
+        loss = model(input_ids=tokens, labels=tokens).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.gather(loss.detach()[None]).mean().item())
+    if accelerator.is_main_process:
+        print(json.dumps({"losses": losses, "blocks": len(blocks)}))
+    blocks.clear()
 torch.distributed.destroy_process_group()
 """
 
@@ -155,18 +157,16 @@ def exact_losses():
 
 
 def test_accelerate_fsdp2(tmp_path):
-    """Two processes, one of three blocks trained: sharded weights, in pieces."""
+    """Two processes, one of three blocks trained: sharded weights, in pieces; then stock's."""
     script = tmp_path / "script.py"
     script.write_text(SHARD_ON_CPU + FSDP)
     tests = str(Path(__file__).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     environment |= {"ACCELERATE_USE_FSDP": "true", "CUDA_VISIBLE_DEVICES": ""}
-    results = []
-    for side in ("applied", "stock"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", "2", str(script), side]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()[-2:]]
     assert_stock(*[result["losses"] for result in results], exact_losses())
     assert [result["blocks"] for result in results] == [STEPS * LAYERS, 0]

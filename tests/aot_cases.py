@@ -222,7 +222,7 @@ def launches(target):
     return rows
 
 
-def tested(target):
+def launches_compiled(target):
     """Those of them that the tests compile: some of every kernel."""
     rows = launches(target)
     if target == "sm_90":

@@ -1,16 +1,26 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from llamapro.data import tokens
 from llamapro.data.prepare import prepare
-from llamapro.data.tokens import DataError, TokenDataset, fingerprint, load_tokens
+from llamapro.data.tokens import (
+    DataError,
+    TokenDataset,
+    check_tokenizer,
+    fingerprint,
+    load_tokens,
+)
 from llamapro.eval.perplexity import evenly_spaced_indices, perplexity
+from llamapro.train import train
 from run_files import flip, one_document
 
 
@@ -156,3 +166,20 @@ def test_eval_checks_its_numbers_before_it_loads(tiny_path, token_data, monkeypa
     for settings, message in (((0,), "seq_len must"), ((16, 0), "max_tokens must")):
         with pytest.raises(ValueError, match=message):
             cli.evaluate(tiny_path, directory, *settings)
+
+
+def test_data_of_another_tokenizer_is_refused(config, tokenizer, corpus, tmp_path):
+    """Before anything is written, in training and evaluation; of several corpora too."""
+    prepare([corpus], tokenizer, tmp_path / "own")
+    model = Path(config.model)
+    shutil.copy(tokenizer / "tokenizer.json", model)
+    check_tokenizer(tmp_path / "own", model)
+    text = (tokenizer / "tokenizer.json").read_text()
+    (tokenizer / "tokenizer.json").write_text(text.replace('"id": 0', '"id":  0'))
+    prepare([corpus], tokenizer, tmp_path / "other")
+    both = (str(tmp_path / "own"), str(tmp_path / "other"))
+    with pytest.raises(DataError, match=r"other: prepared with another tokenizer than .*expanded"):
+        train(replace(config, data=both))
+    assert not Path(config.out).exists()
+    (model / "tokenizer.json").unlink()  # a model that has none takes what it is given
+    check_tokenizer(tmp_path / "other", model)

@@ -178,8 +178,9 @@ def evaluate(
         dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
         device: The device to run on; auto is CUDA when there is one.
     """
+    vocab = read_config(model).vocab_size
     check_tokenizer(data_directory, model)
-    rows = open_rows(data_directory, "heldout", read_config(model).vocab_size, seq_len, packing)
+    rows = open_rows(data_directory, "heldout", vocab, seq_len, packing)
     evenly_spaced_indices(rows, max_tokens)  # a bad number is refused before the model is loaded
     result = perplexity(_load(model, dtype, device, frozen), rows, max_tokens)
     if not math.isfinite(result["perplexity"]):  # JSON has no word for it

@@ -23,9 +23,9 @@ sweep: .venv/installed
 # Triton kernels in their interpreter (on a GPU the first line runs them); the wheel; the sanitizers.
 test: lint
 	$(TEST) tests
-	for set in $$($(BIN)/python -c "from llamapro_kernels import cpu; print(*cpu.runnable_builds()[1:])"); do LLAMAPRO_CPU_CAPABILITY=$$set $(TEST) tests/test_ops.py tests/test_inputs.py tests/test_cpp.py tests/test_extremes.py tests/test_quantize.py -k "cpp and not compile" || exit; done
+	for set in $$($(BIN)/python -c "from llamapro_kernels import cpu; print(*cpu.runnable_builds()[1:])"); do LLAMAPRO_CPU_CAPABILITY=$$set $(TEST) tests/test_ops.py tests/test_inputs.py tests/test_cpp.py tests/test_extremes.py tests/test_quantize.py tests/test_linear_kl_divergence.py -k "cpp and not compile" || exit; done
 	LLAMAPRO_NO_EXTENSION=1 $(TEST) tests/test_library.py tests/test_block.py tests/test_model.py tests/test_peers.py -k "$(BY_EXTENSION)"
-	TRITON_INTERPRET=1 $(TEST) tests/test_ops.py tests/test_inputs.py tests/test_triton.py tests/test_quantize.py tests/test_extremes.py tests/test_peers.py -k "not reference and not cpp and not compile"
+	TRITON_INTERPRET=1 $(TEST) tests/test_ops.py tests/test_inputs.py tests/test_triton.py tests/test_quantize.py tests/test_extremes.py tests/test_peers.py tests/test_linear_kl_divergence.py -k "not reference and not cpp and not compile"
 	$(MAKE) --jobs=2 --output-sync=line wheel sanitize
 
 # A wheel, in an environment that has nothing else, runs the README's example.

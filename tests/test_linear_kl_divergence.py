@@ -43,8 +43,12 @@ def test_a_teacher_that_is_the_student_changes_nothing(backend, dtype, temperatu
 
 @every_backend
 def test_chunks_change_nothing(backend, monkeypatch):
-    """Losses and dx to the bit; dweight is a sum over chunks."""
-    x, teacher, weight = heads()
+    """Losses to the bit, from logits that are exact in any order; dx but for the order of sums."""
+    generator = torch.Generator().manual_seed(0)
+    x, teacher, weight = (
+        torch.randint(-2, 3, size, generator=generator).float().to(DEVICE)
+        for size in ((13, 16), (13, 16), (97, 16))
+    )
     x.requires_grad_()
     found = []
     for tokens in (1, 6, 100):
@@ -54,11 +58,11 @@ def test_chunks_change_nothing(backend, monkeypatch):
         with lk.use_backend(backend):
             losses = lk.linear_kl_divergence(x, teacher, weight, reduction="none")
             found.append((losses, *torch.autograd.grad(losses.sum(), [x])))
-    for other in found[1:]:
-        # A product of one row takes other kernels than one of many.
-        for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert torch.equal(found[1][0][:12], found[2][0][:12]) or backend != "cpp"
+    # A component of dx sums 97 products, of terms of q - p, at most 2 together, and of at most 2.
+    bound = 97 * torch.finfo(torch.float32).eps * 2 * 2
+    for losses, dx in found[1:]:
+        assert torch.equal(losses, found[0][0])
+        assert (dx - found[0][1]).abs().max() <= bound
 
 
 @every_backend

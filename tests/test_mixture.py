@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llamapro.data.mixture import Mixture, corpora
+from llamapro.data.mixture import Mixture, absolute, corpora
 from llamapro.data.packing import PackedDataset
 from llamapro.data.tokens import DataError, TokenDataset, Tokens
 from llamapro.train import train
@@ -95,6 +95,22 @@ def test_a_directory_may_have_an_equals_sign_in_its_name(tmp_path):
     path = str(tmp_path / "lr=1")
     assert corpora([path]) == {"lr=1": (path, 1.0)}
     assert corpora([f"{path}=2"]) == {"lr=1": (path, 2.0)}
+
+
+def test_a_weight_keeps_every_digit(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    whole = absolute(["a=0.12345678", "nowhere=2"])
+    assert whole == [f"{tmp_path}/a=0.12345678", "nowhere=2.0"]
+    assert absolute(whole) == whole and absolute("a") == [f"{tmp_path}/a"]
+
+
+def test_documents_of_a_mixture_are_counted_by_its_weights():
+    """Rows of 16: two documents of 8 in one corpus, one of 16 in the other."""
+    ends = (np.arange(9, 91, 9), np.arange(17, 86, 17))
+    sets = [PackedDataset(Tokens(np.arange(e[-1]), e), 16) for e in ends]
+    mixed = Mixture(["a", "b"], sets, [1.0, 3.0])
+    assert mixed.spread == ((8, 0.5), (16, 0.75))
 
 
 @pytest.fixture

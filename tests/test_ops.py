@@ -6,7 +6,6 @@ result has to be stored), plus the rounding of the accumulator over the longest 
 of two inputs (terms may cancel, so that the true value is small and the terms are not).
 """
 
-import importlib
 import itertools
 
 import pytest
@@ -16,7 +15,7 @@ from op_cases import CASES, SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llamapro_kernels as lk
-from llamapro_kernels import library, matmul
+from llamapro_kernels import library, linear_head, matmul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST_SUM = 128  # of all cases: the vocabulary, rounded up
@@ -45,11 +44,10 @@ every_dtype = pytest.mark.parametrize("name, backend, dtype", TYPED, ids=str)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """So that the loss takes several chunks of these few tokens, its gradients a few rows each."""
-    module = importlib.import_module("llamapro_kernels.linear_head")
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 300)
-    monkeypatch.setattr(module, "CHUNK_TOKENS", 3)
-    monkeypatch.setattr(module, "CHUNK_TOKENS_CPU", 3)
-    monkeypatch.setattr(module, "SCALED_ELEMENTS", 100)
+    monkeypatch.setattr(linear_head, "CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(linear_head, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(linear_head, "CHUNK_TOKENS_CPU", 3)
+    monkeypatch.setattr(linear_head, "SCALED_ELEMENTS", 100)
     monkeypatch.setattr(matmul, "ADDED", 100)
 
 

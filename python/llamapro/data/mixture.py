@@ -44,7 +44,7 @@ def absolute(data) -> list[str]:
     whole = [str(Path(path).resolve()) if Path(path).exists() else path for path, _ in found]
     weights = [weight for _, weight in found]
     return [
-        path if weight == 1 else f"{path}={weight:g}"
+        path if weight == 1 else f"{path}={weight}"
         for path, weight in zip(whole, weights, strict=True)
     ]
 
@@ -83,6 +83,13 @@ class Mixture:
             f" {len(rows.tokens.ids):,} tokens"
             for name, weight, rows in zip(self.names, self.weights, self.rows, strict=True)
         ]
+
+    @property
+    def spread(self) -> tuple[tuple[int, float], ...]:
+        """The lengths of packed documents, and how many of each a row holds on average."""
+        total = sum(self.weights)
+        shares = zip(self.rows, self.weights, strict=True)
+        return tuple((n, count * w / total) for rows, w in shares for n, count in rows.spread)
 
     def batch(self, start: int, count: int) -> Batch:
         """The rows that are drawn after `start` others."""

@@ -43,8 +43,7 @@ class PackedDataset(TokenDataset):
 
     @property
     def spread(self) -> tuple[tuple[int, float], ...]:
-        """The lengths that documents, or pieces of them, have, and how many of each a row holds on
-        average."""
+        """As of `TokenDataset`, of the documents as they are packed."""
         lengths, counts = np.unique(self._packed[1], return_counts=True)
         return tuple(zip(lengths.tolist(), (counts / len(self)).tolist(), strict=True))
 

@@ -1,6 +1,5 @@
 """Token files while they are written, in shards, by a process that may be killed."""
 
-import hashlib
 import logging
 import os
 from contextlib import ExitStack
@@ -8,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llamapro.data.tokens import PARTS
+from llamapro.data.tokens import PARTS, hash_of
 from llamapro.storage import clear, read_json, write_json
 
-PIECE = 2**22  # bytes that are hashed at a time
 log = logging.getLogger("llamapro")
 
 
@@ -79,15 +77,5 @@ class Shards:
             "dtype": self.dtype.name,
             "tokens": dict(zip(PARTS, tokens, strict=True)),
             "max_token": self.max_token,
-            "digest": _digest(files),
+            "digest": hash_of(files),
         }
-
-
-def _digest(files: list[Path]) -> str:
-    """Of these files, one after the other, as `fingerprint` computes it."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for path in files:
-        with open(path, "rb") as file:
-            while piece := file.read(PIECE):
-                hashed.update(piece)
-    return hashed.hexdigest()

@@ -47,7 +47,7 @@ def fingerprint(data, *, verify: bool = False) -> str:
     sizes = [file.stat().st_size for file in files]
     sampled = sum(sizes) > WHOLE
     if verify or not sampled:
-        whole = _hash(files)
+        whole = hash_of(files)
         if meta.get("digest", whole) != whole:
             raise DataError(
                 f"{data}: train.bin and heldout.bin changed since they were prepared: the digest"
@@ -55,12 +55,12 @@ def fingerprint(data, *, verify: bool = False) -> str:
             )
     beside = [Path(f"{file}{suffix}") for file in files for suffix in BESIDE]
     beside = [file for file in beside if file.exists()]
-    hashed = [_hash(files, BLOCKS) if sampled else whole, *([_hash(beside)] if beside else [])]
+    hashed = [hash_of(files, BLOCKS) if sampled else whole, *([hash_of(beside)] if beside else [])]
     return f"{meta['dtype']} {sizes} {' '.join(hashed)}"
 
 
-def _hash(files: list[Path], blocks: int | None = None) -> str:
-    """Of these files, one after the other, or of so many blocks of each, from end to end."""
+def hash_of(files: list[Path], blocks: int | None = None) -> str:
+    """A hash of these files, one after the other, or of so many blocks of each, end to end."""
     hashed = hashlib.blake2b(digest_size=16)
     for path in files:
         size = path.stat().st_size
@@ -200,6 +200,12 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return (len(self.tokens.ids) - 1) // self.seq_len
+
+    @property
+    def spread(self) -> tuple[tuple[int, float], ...]:
+        """The lengths that documents, or pieces of them, have, and how many of each a row holds on
+        average: here a row is as one document."""
+        return ((self.seq_len, 1.0),)
 
     def row(self, place: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Tokens and targets, (seq_len,) int64 each, and the lengths of the documents in them."""

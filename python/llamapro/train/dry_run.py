@@ -30,7 +30,7 @@ def dry_run(config: TrainConfig) -> None:
         console.print(line)
     for name, part in heldout.items():
         console.print(f"held out, {name}: {len(part.tokens.ids):,} tokens, {len(part):,} rows")
-    console.print(_cost(config, shape, device))
+    console.print(_cost(config, shape, device, rows.spread))
     batch = rows.batch(0, config.batch_size)
     counts = f"{batch.counted:,} targets count, {batch.padding:,} tokens of padding"
     console.print(f"the first micro-batch of {batch.tokens.numel():,} tokens: {counts}")
@@ -39,11 +39,11 @@ def dry_run(config: TrainConfig) -> None:
         console.print(text)
 
 
-def _cost(config: TrainConfig, shape, device) -> str:
+def _cost(config: TrainConfig, shape, device, documents) -> str:
     dtype = pick_dtype(device) if config.dtype == "auto" else config.dtype
     sizes = config.batch_size, config.seq_len, getattr(torch, dtype), device.type
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
-    work = planner.Workload(shape, trainable, *sizes, config.frozen)
+    work = planner.Workload(shape, trainable, *sizes, config.frozen, documents)
     recompute = policies(config, shape, device)
     total, bytes_of = sum(planner.flops(work, recompute).values()), planner.memory(work, recompute)
     trained = len(work.trained) * planner.parameters(shape)["block"]

@@ -102,7 +102,7 @@ def test_8_bits_are_never_written(path, tmp_path):
 def test_what_cannot_be_held_in_8_bits(path, tiny, config):
     with pytest.raises(ValueError, match="frozen matrices expected, got none"):
         Llama.from_pretrained(path).freeze_in_8_bits()
-    with pytest.raises(ValueError, match="no new block to train"):
+    with pytest.raises(ValueError, match="no new block: expand"):
         Llama.from_pretrained(tiny().save_pretrained(path.parent / "base"), frozen="8bit")
     with pytest.raises(ValueError, match="frozen must be one of"):
         Llama.from_pretrained(path, frozen="4bit")
@@ -198,7 +198,7 @@ def test_flops_are_the_same(form):
 def test_what_8_bits_save_is_what_was_planned(dtype):
     """To 5 % of what was measured beside the same run in 16 bits."""
     base = replace(SMOLLM2, num_hidden_layers=15)
-    work = replace(workload(base, 3, "interleaved", 2, 512)[1], dtype=dtype, device="cpu")
+    work = replace(workload(base, 3, "interleaved", 1, 256)[1], dtype=dtype, device="cpu")
     recompute = ["none"] * len(work.blocks)
     forms = [replace(work, frozen=form) for form in ("bf16", "8bit-compact")]
     planned = [planner.memory(form, recompute)["total"] for form in forms]

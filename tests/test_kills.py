@@ -21,7 +21,7 @@ def run_in_child(config, resume):
 
 
 def test_killed_at_random_moments(config, tmp_path):
-    """Ten kills: each leaves a checkpoint that loads, and the end is as if there were none."""
+    """Six kills: each leaves a checkpoint that loads, and the end is as if there were none."""
     config = replace(config, steps=125, checkpoint_every=1, eval_every=1000)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -30,7 +30,7 @@ def test_killed_at_random_moments(config, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "llamapro.train"])
     chance = random.Random(0)
-    for kill in range(10):
+    for kill in range(6):
         child = context.Process(target=run_in_child, args=(config, kill > 0))
         child.start()
         start, before = time.monotonic(), newest_step(config)
@@ -49,7 +49,7 @@ def test_killed_at_random_moments(config, tmp_path):
         state = json.loads((newest / "state.json").read_text())
         assert newest.name == f"step-{state['step']:08d}"
         assert all(t.isfinite().all() for t in load_file(newest / "state.safetensors").values())
-    assert 9 <= newest_step(config) < 125, "the kills fell into the run"
+    assert 5 <= newest_step(config) < 125, "the kills fell into the run"
     torch.set_num_threads(1)
     train(config, resume=True)
     torch.set_num_threads(threads)

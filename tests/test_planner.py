@@ -153,7 +153,7 @@ print(peak_memory(torch.device("cpu")) - before)
 HALF = replace(SMOLLM2, num_hidden_layers=15)
 MEASURED = {  # base, new blocks, placement, recompute, trainable, batch, dtype
     "bf16": (SMOLLM2, 6, "interleaved", "none", "new_blocks", 2, torch.bfloat16),
-    "everything": (HALF, 3, "interleaved", "none", "all", 2, torch.bfloat16),
+    "everything": (HALF, 3, "interleaved", "none", "all", 1, torch.bfloat16),
     "none": (HALF, 3, "interleaved", "none", "new_blocks", 2, torch.float32),
     "mlp": (HALF, 3, "interleaved", "mlp", "new_blocks", 2, torch.float32),
     "block": (HALF, 3, "interleaved", "block", "new_blocks", 4, torch.float32),
@@ -161,7 +161,7 @@ MEASURED = {  # base, new blocks, placement, recompute, trainable, batch, dtype
 }
 
 
-def measure(work, placement, recompute, base=SMOLLM2):
+def measure(work, placement, recompute, base):
     """Bytes of a process's peak above what the libraries take."""
     shape = {k: v for k, v in base.to_dict().items() if k in LlamaConfig.__dataclass_fields__}
     new = len(work.blocks) - base.num_hidden_layers
@@ -209,12 +209,12 @@ def test_memory_of_head_norms_is_what_was_planned():
 
 @on_linux
 def test_the_largest_batch_runs_within_its_limit():
-    _, work = workload(SMOLLM2, 6, "interleaved", 1, 128)
-    work, limit = replace(work, device="cpu"), 0.73e9
+    _, work = workload(HALF, 3, "interleaved", 1, 128)
+    work, limit = replace(work, dtype=torch.float32, device="cpu"), 0.7e9
     work = replace(work, batch=largest_batch(work, USABLE * limit))
     recompute = choose_recompute(work, USABLE * limit)
     assert work.batch > 4 and len(set(recompute)) > 1
-    assert measure(work, "interleaved", recompute) <= limit
+    assert measure(work, "interleaved", recompute, HALF) <= limit
 
 
 def test_policies_fit_the_limit_and_no_more_is_computed_again_than_that_takes():

@@ -10,8 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 from llamapro.data.chat import ChatTemplate
 from llamapro.generate import stream
-from llamapro.model_files import read_object
-from llamapro.tokenizer import load_tokenizer
+from llamapro.tokenizer import load_tokenizer, stop_ids
 
 HELP = "Ctrl-C stops an answer, /new forgets what was said, Ctrl-D ends"
 
@@ -56,19 +55,6 @@ class Dialogue:
                 raise ValueError(f"a question of at most {room} tokens expected, got {len(ids)}")
             del self.messages[begun : begun + 2]
         return ids
-
-
-def stop_ids(path: Path, tokenizer) -> list[int]:
-    """The ids that end an answer: by generation_config.json, or else config.json, and the
-    tokenizer's end of sequence, which a chat template puts after a turn."""
-    named = "generation_config.json"
-    ids = read_object(path, named if (path / named).exists() else "config.json").get("eos_token_id")
-    ids = list(ids) if isinstance(ids, list) else [ids]
-    if (path / "tokenizer_config.json").exists():
-        eos = read_object(path, "tokenizer_config.json").get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        ids.append(tokenizer.token_to_id(eos) if eos else None)
-    return sorted({i for i in ids if i is not None})
 
 
 def talk(dialogue: Dialogue, **sampling) -> None:

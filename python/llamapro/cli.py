@@ -1,4 +1,4 @@
-"""The command line: llamapro expand | merge | prepare | train | eval | generate | chat | ..."""
+"""The command line: llamapro expand | merge | prepare | replay | train | ..."""
 
 import json
 import logging
@@ -30,6 +30,7 @@ from llamapro.model import Llama
 from llamapro.model_files import read_config
 from llamapro.placement import PLACEMENTS
 from llamapro.storage import one_line
+from llamapro.train import replay as replay_module
 from llamapro.train.config import DTYPES, TrainConfig, options_in
 from llamapro.train.dry_run import dry_run as show_what_it_would_do
 from llamapro.train.loop import train as run_training
@@ -132,6 +133,59 @@ def prepare(
         decontaminate=decontaminate,
     )
     print(f"{out}: {meta['tokens']} tokens of {meta['documents']} documents")
+
+
+def replay(
+    base: _positional(Path, "BASE"),
+    out: Path,
+    tokens: int,
+    prompts: Annotated[tuple[str, ...], tyro.conf.arg(name="from", metavar="PROMPTS...")] = (),
+    chat: bool = False,
+    bos_token: str | None = None,
+    temperature: float = 1.0,
+    seq_len: int = 512,
+    seed: int = 0,
+    dtype: Literal[DTYPES] = "auto",
+    device: str = "auto",
+) -> None:
+    """Sample a model: a data directory of what it knows, to keep it by while it learns.
+
+    Stopped or killed, the same command goes on from where it was. Samples that say nothing or
+    repeat themselves are dropped, and where most do, the model is refused.
+
+    Args:
+        base: The Hugging Face model directory to sample; of an expanded one, its base.
+        out: The new data directory that is written.
+        tokens: How many tokens of samples there shall be for training.
+        prompts: Texts, as `llamapro prepare` takes them, whose beginnings are gone on from; of
+            chat, what users ask. By default samples begin with the beginning of a sequence.
+        chat: Sample questions and answers by the model's chat template.
+        bos_token: The token that samples begin with; by default the model's.
+        temperature: How random the choice is; 1 samples the model as it is.
+        seq_len: How many tokens a sample has at most.
+        seed: The seed of the samples.
+        dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
+        device: The device to run on; auto is CUDA when there is one.
+    """
+    meta = replay_module.replay(
+        base,
+        out,
+        tokens=tokens,
+        prompts=prompts,
+        chat=chat,
+        bos_token=bos_token,
+        temperature=temperature,
+        seq_len=seq_len,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    said = meta["samples"]
+    print(
+        f"{out}: {meta['tokens']} tokens of {said['samples']} samples of {said['mean_length']:.0f}"
+        f" on average, {said['dropped']} more were dropped; {said['repetition']:.1%} of a sample's"
+        f" 4-grams are repeated in it, {said['distinct_grams']:.1%} of all are distinct"
+    )
 
 
 def train(
@@ -328,6 +382,7 @@ COMMANDS = {
     "expand": expand,
     "merge": merge,
     "prepare": prepare,
+    "replay": replay,
     "train": train,
     "eval": evaluate,
     "generate": generate,

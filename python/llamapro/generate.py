@@ -20,11 +20,9 @@ def stream(
     `top_p` of the probability. stop: ids that end a row (default: the config's eos); the row
     is filled with its stop id until all rows have ended.
     """
-    if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
-        raise ValueError(
-            "temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 0 expected,"
-            f" got {temperature}, {top_p} and {max_new_tokens}"
-        )
+    check_sampling(temperature, top_p)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens >= 0 expected, got {max_new_tokens}")
     if tokens.dim() != 2 or not tokens.shape[1]:
         raise ValueError(f"tokens (B, T) with T >= 1 expected, got {tuple(tokens.shape)}")
     eos = model.config.eos_token_id if stop is None else stop
@@ -34,13 +32,53 @@ def stream(
     ended = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
     step = tokens
     for _ in range(max_new_tokens):
-        logits = model.lm_head(model.hidden(step, cache=cache)[:, -1:])[:, 0]
-        chosen = _sample(logits.float(), temperature, top_p, generator)
+        chosen = _next(model, step, cache, temperature, top_p, generator)
         step = torch.where(ended, step[:, -1:], chosen)
         yield step
         ended |= torch.isin(step, stop)
         if ended.all():
             break
+
+
+@torch.no_grad()
+def continue_all(
+    model, prompts, length, *, stop, temperature=0.0, top_p=1.0, generator=None
+) -> list[list[int]]:
+    """Continue prompts, lists of token ids, together: each with what was sampled after it, up to
+    `length` tokens in all or the first of the ids `stop`, which is kept.
+
+    The rows begin with as many tokens as the shortest prompt has; a longer one goes on with its own
+    instead of sampled ones. Raises ValueError for a prompt of no token, or more than `length`.
+    """
+    check_sampling(temperature, top_p)
+    sizes = sorted(map(len, prompts)) or [0]
+    if not 0 < sizes[0] <= sizes[-1] <= length:
+        raise ValueError(f"prompts of 1 to {length} tokens expected, got {sizes[0]}..{sizes[-1]}")
+    rows, live, ended = [[*prompt] for prompt in prompts], [*range(len(prompts))], set()
+    cache, step = KVCache(model, length), [row[: sizes[0]] for row in rows]
+    for place in range(sizes[0], length):
+        tokens = torch.tensor(step, device=model.norm.device)
+        chosen = _next(model, tokens, cache, temperature, top_p, generator).tolist()
+        for (token,), row in zip(chosen, live, strict=True):
+            if row not in ended and place >= len(prompts[row]):
+                rows[row].append(token)
+                if token in stop:
+                    ended.add(row)
+        open_rows = [at for at, row in enumerate(live) if row not in ended]
+        if not open_rows:
+            break
+        if 2 * len(open_rows) <= len(live):  # the ended ones cost as much as the others
+            cache.keep(open_rows)
+            live = [live[at] for at in open_rows]
+        step = [rows[row][place : place + 1] or [stop[0]] for row in live]
+    return rows
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature >= 0 and 0 < top_p <= 1 expected, got {temperature} and {top_p}"
+        )
 
 
 class KVCache:
@@ -66,12 +104,25 @@ class KVCache:
 
         return append
 
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone."""
+        self.pairs = [pair and tuple(kept[rows] for kept in pair) for pair in self.pairs]
+
+
+def _next(model, tokens, cache, temperature, top_p, generator):
+    """The token after tokens (B, T), (B, 1)."""
+    logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1:])[:, 0]
+    return _sample(logits.float(), temperature, top_p, generator)
+
 
 def _sample(logits, temperature, top_p, generator):
     """(B, V) -> (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p == 1:  # sorting a vocabulary takes longer than a small model's step
+        return torch.multinomial(probabilities, 1, generator=generator)
+    probabilities, order = probabilities.sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities.masked_fill(before >= top_p, 0.0)
     return order.gather(1, torch.multinomial(kept, 1, generator=generator))

@@ -1,6 +1,8 @@
 """The Llama: blocks, loss and generation. Mathematics is in llamapro_kernels."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,7 +82,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
+        self.config, self.skipped = config, frozenset()  # of the blocks, by position
         weight = torch.empty(config.vocab_size, config.hidden_size)  # initialised below
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.blocks = nn.ModuleList(Block(config, window) for window in config.windows)
@@ -154,17 +156,55 @@ class Llama(nn.Module):
     def hidden(self, tokens, cu_seqlens=None, cache=None) -> torch.Tensor:
         """Final normed states: tokens (B, T) -> (B, T, N). Each document has positions from 0."""
         self._check_tokens(tokens)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        if cu_seqlens is not None:
-            lengths = cu_seqlens.diff()
-            positions -= cu_seqlens[:-1].repeat_interleave(lengths, output_size=tokens.shape[1])
-        cos, sin = rope_table(self.config, positions + (cache.length if cache else 0))
-        x = self.embed_tokens(tokens)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cu_seqlens, cache.of_block(i) if cache else None)
+        x = self._through(range(len(self.blocks)), self.embed_tokens(tokens), cu_seqlens, cache)
         if cache:
             cache.length += tokens.shape[1]
         return lk.rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def hidden_and_base(self, tokens, cu_seqlens=None, *, base_tokens, base_cu_seqlens=None):
+        """Final normed states of tokens (B, T), and the base's of the last of them, base_tokens
+        (b, t), which are laid out anew, without a graph: (B, T, N) and (b, t, N).
+
+        The base is this model with its new blocks switched off; what lies below the first of them
+        is computed once for both.
+        """
+        self._check_tokens(tokens)
+        new, eps = self._new_blocks(), self.config.rms_norm_eps
+        x = self._through(range(new[0]), self.embed_tokens(tokens), cu_seqlens)
+        above = range(new[0], len(self.blocks))
+        with torch.no_grad():
+            base = x.flatten(0, 1)[-base_tokens.numel() :].reshape(*base_tokens.shape, -1)
+            base = self._through((i for i in above if i not in new), base, base_cu_seqlens)
+            base = lk.rms_norm(base, self.norm, eps)
+        return lk.rms_norm(self._through(above, x, cu_seqlens), self.norm, eps), base
+
+    def _through(self, places, x, cu_seqlens=None, cache=None) -> torch.Tensor:
+        """x (B, T, N) after the blocks at these places."""
+        positions = torch.arange(x.shape[1], device=x.device)
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff()
+            positions -= cu_seqlens[:-1].repeat_interleave(lengths, output_size=x.shape[1])
+        cos, sin = rope_table(self.config, positions + (cache.length if cache else 0))
+        for i in places:
+            if i not in self.skipped:
+                held = cache.of_block(i) if cache else None
+                x = self.blocks[i](x, cos, sin, cu_seqlens, held)
+        return x
+
+    @contextmanager
+    def new_blocks_off(self) -> Iterator[None]:
+        """Inside `with`, the model is the base that it was expanded from, bit for bit: new blocks
+        are skipped. Raises ValueError when there are none."""
+        before, self.skipped = self.skipped, frozenset(self._new_blocks())
+        try:
+            yield
+        finally:
+            self.skipped = before
+
+    def _new_blocks(self):
+        if not self.config.new_blocks:
+            raise ValueError("no new block: expand the model first")
+        return self.config.new_blocks
 
     def forward(self, tokens, cu_seqlens=None, cache=None) -> torch.Tensor:
         """Logits: tokens (B, T) int64 -> (B, T, V) in the model's dtype.
@@ -187,10 +227,9 @@ class Llama(nn.Module):
 
         Raises ValueError when there are none.
         """
-        if not self.config.new_blocks:
-            raise ValueError("no new block to train: expand the model first")
+        new = self._new_blocks()
         self.requires_grad_(False)
-        for i in self.config.new_blocks:
+        for i in new:
             self.blocks[i].requires_grad_(True)
 
     def freeze_in_8_bits(self, compact: bool = False) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from llamapro.model_files import MAX_COMPANION_BYTES, CheckpointError, file_in
+from llamapro.model_files import MAX_COMPANION_BYTES, CheckpointError, file_in, read_object
 from llamapro.storage import one_line, shown
 
 
@@ -34,6 +34,19 @@ def _file(model) -> Path:
         return file_in(Path(model), "tokenizer.json", MAX_COMPANION_BYTES)
     except FileNotFoundError:
         raise FileNotFoundError(f"{model}: tokenizer.json expected, got none") from None
+
+
+def stop_ids(path: Path, tokenizer=None) -> list[int]:
+    """The ids that end an answer: by generation_config.json, or else config.json, and the
+    tokenizer's end of sequence, which a chat template puts after a turn."""
+    named = "generation_config.json"
+    ids = read_object(path, named if (path / named).exists() else "config.json").get("eos_token_id")
+    ids = list(ids) if isinstance(ids, list) else [ids]
+    if tokenizer and (path / "tokenizer_config.json").exists():
+        eos = read_object(path, "tokenizer_config.json").get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        ids.append(tokenizer.token_to_id(eos) if eos else None)
+    return sorted({i for i in ids if i is not None})
 
 
 def encode(tokenizer, text: str) -> list[int]:

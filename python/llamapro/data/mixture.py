@@ -92,7 +92,8 @@ class Mixture:
         return tuple((n, count * w / total) for rows, w in shares for n, count in rows.spread)
 
     def batch(self, start: int, count: int) -> Batch:
-        """The rows that are drawn after `start` others."""
+        """The rows that are drawn after `start` others; those of the corpora `kept` come last, and
+        stand alone as the batch's `kept`, too."""
         if sum(self.taken) > start:
             self.taken = [0] * len(self.rows)
         while sum(self.taken) < start:
@@ -101,9 +102,12 @@ class Mixture:
         for _ in range(count):
             corpus = self._next()
             rows = self.rows[corpus]
-            drawn.append(rows.row(rows.drawn(self.taken[corpus])))
+            row = rows.row(rows.drawn(self.taken[corpus]))
+            drawn.append((self.names[corpus] in self.kept, row))
             self.taken[corpus] += 1
-        return self.rows[0].collate(drawn)
+        drawn.sort(key=lambda pair: pair[0])
+        kept = sum(is_kept for is_kept, _ in drawn)
+        return self.rows[0].collate([row for _, row in drawn], kept)
 
     def _next(self) -> int:
         """The corpus that is due first, of those that may give the next row by then; in whole

@@ -63,16 +63,22 @@ class PackedDataset(TokenDataset):
         tokens, targets = (np.concatenate(part) for part in zip(*pieces, strict=True))
         return tokens, targets, [len(ids) for ids, _ in pieces]
 
-    def collate(self, rows: list) -> Batch:
-        """(1, B * seq_len): the rows one after the other, and the rest as a last document."""
+    def collate(self, rows: list, kept: int = 0) -> Batch:
+        """(1, B * seq_len): the rows one after the other, and the rest as a last document; the last
+        `kept` rows are the base's."""
         tokens, targets, lengths = zip(*rows, strict=True)
+        before = sum(len(row) for row in lengths[: len(rows) - kept])
         lengths = [length for row in lengths for length in row]
         rest = len(rows) * self.seq_len - sum(lengths)
         tokens = np.concatenate([*tokens, np.zeros(rest, np.int64)])
         targets = np.concatenate([*targets, np.full(rest, IGNORED)])
         ends = np.cumsum([0, *lengths, *[rest] * (rest > 0)]).astype(np.int32)
         flat = torch.from_numpy(tokens)[None], torch.from_numpy(targets)[None]
-        return Batch(*flat, torch.from_numpy(ends), len(lengths), rest)
+        ends, last = torch.from_numpy(ends), None
+        if kept:
+            begun = ends[before]
+            last = Batch(*(part[:, begun:] for part in flat), ends[before:] - begun)
+        return Batch(*flat, ends, len(lengths), rest, last)
 
 
 def _documents(tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@ class Shards:
             clear(directory)
             state, sizes = {}, {}
         self.done, self.max_token = state.get("done", 0), state.get("max_token", 0)
+        self.dropped = state.get("dropped", 0)  # by the caller, of what it had
         self.files = {}
         with ExitStack() as stack:
             for name in (f"{part}{kind}" for part in PARTS for kind in kinds):
@@ -60,7 +61,11 @@ class Shards:
             os.fsync(file.fileno())
         sizes = {name: file.tell() for name, file in self.files.items()}
         state = {"identity": self.identity, "done": done, "max_token": self.max_token}
-        write_json(self.journal, {**state, "sizes": sizes})
+        write_json(self.journal, {**state, "dropped": self.dropped, "sizes": sizes})
+
+    def count(self, part: str) -> int:
+        """The tokens of a part so far."""
+        return self.files[f"{part}.bin"].tell() // self.dtype.itemsize
 
     def __enter__(self):
         return self

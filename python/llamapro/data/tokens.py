@@ -119,6 +119,11 @@ def check_tokenizer(data, model) -> None:
         )
 
 
+def are_samples(data) -> bool:
+    """Whether a data directory holds a model's own samples, which `llamapro replay` makes."""
+    return "samples" in _meta(Path(data))
+
+
 def _ends(path: Path, ids: np.ndarray, meta: dict) -> np.ndarray:
     """Where documents end; without an index, as directories were made before, after separators."""
     index = path.with_name(f"{path.name}.index")
@@ -166,6 +171,7 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor | None = None  # (documents + 1,) int32, see `lk.flash_attention`
     documents: int | None = None  # that are packed, or pieces of them
     padding: int = 0  # tokens that fill rows
+    kept: "Batch | None" = None  # the last rows once more, where they are the base's, see `Mixture`
 
     @property
     def counted(self) -> int:
@@ -224,10 +230,12 @@ class TokenDataset:
         """The rows at these places of the file, as one batch."""
         return self.collate([self.row(place) for place in places])
 
-    def collate(self, rows: list) -> Batch:
-        """(B, seq_len)."""
+    def collate(self, rows: list, kept: int = 0) -> Batch:
+        """(B, seq_len), of which the last `kept` rows are the base's."""
         tokens, targets, _ = zip(*rows, strict=True)
-        return Batch(*(torch.from_numpy(np.stack(part)) for part in (tokens, targets)))
+        tokens, targets = (torch.from_numpy(np.stack(part)) for part in (tokens, targets))
+        last = Batch(tokens[-kept:], targets[-kept:]) if kept else None
+        return Batch(tokens, targets, kept=last)
 
     def drawn(self, number: int) -> int:
         """The place of the row that is drawn after `number` others."""

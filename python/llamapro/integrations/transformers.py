@@ -19,6 +19,9 @@ except ImportError as error:
 
 from llamapro import new_blocks as blocks_of
 from llamapro.expansion import warn_of_post_norm
+from llamapro.integrations.keeping import KEPT as KEPT
+from llamapro.integrations.keeping import BaseKeepingLoss as BaseKeepingLoss
+from llamapro.integrations.keeping import new_blocks_off as new_blocks_off
 from llamapro.integrations.stack import DecoderStack
 from llamapro.model import Llama
 from llamapro.new_block_files import PREFIX

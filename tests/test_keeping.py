@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from apply_cases import LAYOUTS, assert_three_way, batch_of, model_of
+from llamapro.integrations import transformers as lpt
 from test_hf_expansion import ARCHITECTURES, TOKENS, build, same, seen, train
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import llamapro_kernels as lk
-from llamapro.integrations import transformers as lpt
 from llamapro_kernels.integrations import transformers as lkt
 
 KEPT, WEIGHT = lpt.KEPT, 0.7
@@ -42,9 +42,11 @@ def test_new_blocks_come_back_after_an_error_and_after_the_outer_block():
         assert len(model.model.layers) == 4
         raise KeyError
     assert len(model.model.layers) == 6 and "llamapro_off" not in vars(model)
-    with pytest.raises(ValueError, match="a model with new blocks expected"):
-        with lpt.new_blocks_off(build()):
-            pass
+    with (
+        pytest.raises(ValueError, match="a model with new blocks expected"),
+        lpt.new_blocks_off(build()),
+    ):
+        pass
 
 
 def test_off_with_the_kernels_is_the_base_with_the_kernels(calls):
@@ -192,3 +194,82 @@ def test_an_error_in_the_base_leaves_the_model_as_it_was():
     handle.remove()
     assert list(model.named_modules()) == modules
     assert all(module.training for module in model.modules())
+
+
+def of_a_base():
+    return model_of("llama")
+
+
+def unfrozen():
+    _, model = pair()
+    model.model.norm.requires_grad_(True)
+    return model
+
+
+def with_a_bias():
+    _, model = pair()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(64), requires_grad=False)
+    return model
+
+
+def with_a_cap():
+    model = lpt.expand(build("gemma2"), 2)
+    lpt.train_new_blocks_only(model)
+    return model
+
+
+def sharded():
+    _, model = pair()
+    model.lm_head.weight.full_tensor = None  # as a DTensor has
+    return model
+
+
+def with_adapters():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(pair()[1], peft.LoraConfig(target_modules=["q_proj"]))
+
+
+MODELS = {
+    "base": (of_a_base, "a model with new blocks expected: expand it first"),
+    "unfrozen": (unfrozen, "a frozen base .* 1 of its tensors that train, such as model.norm"),
+    "bias": (with_a_bias, r"without bias and soft cap expected, got Linear\(.*bias=True"),
+    "cap": (with_a_cap, "without bias and soft cap expected, got Linear.* and 30.0"),
+    "sharded": (sharded, "whole on each device expected, got a sharded one"),
+    "headless": (lambda: pair()[1].model, "one torch.nn.Linear .* got None"),
+    "adapters": (with_adapters, "a model without adapters expected"),
+}
+
+
+@pytest.mark.parametrize("make, message", MODELS.values(), ids=MODELS)
+def test_a_model_whose_base_cannot_be_kept(make, message):
+    with pytest.raises(ValueError, match=message):
+        lpt.BaseKeepingLoss(make())
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none(weight):
+    with pytest.raises(ValueError, match="weight must be above 0 and finite, got"):
+        lpt.BaseKeepingLoss(pair()[1], weight)
+
+
+def test_labels_that_are_none_of_this_forward():
+    _, model = pair()
+    loss, ids = lpt.BaseKeepingLoss(model), torch.arange(1, 12)[None]
+    wrong = {
+        r"got -102": ids.masked_fill(ids == 4, -102),
+        r"last forward expected, got \(1, 10\) and \(1, 11\)": ids[:, 1:],
+        r"last forward expected, got None and \(1, 11\)": None,
+    }
+    for message, labels in wrong.items():
+        outputs = model(ids)
+        with pytest.raises(ValueError, match=message):
+            loss(outputs, labels)
+    with pytest.raises(ValueError, match=r"got \(1, 11\) and None"):
+        loss(outputs, ids)
+    outputs = model(ids, past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match="without past_key_values expected"):
+        loss(outputs, torch.full_like(ids, KEPT))
+    outputs = model(ids)
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"such as lm_head\.weight"):
+        loss(outputs, ids)

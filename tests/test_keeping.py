@@ -59,13 +59,12 @@ def test_off_with_the_kernels_is_the_base_with_the_kernels(calls):
 
 def pair(kind="llama", dtype=torch.float32, apply=False, moved=True, **settings):
     """A base, and the same expanded, frozen, and moved away from it."""
-    base = model_of(kind, dtype, **settings)
+    base = model_of(kind, **settings)
     model = lpt.expand(copy.deepcopy(base), 1)
     lpt.train_new_blocks_only(model)
     if moved:
-        train(model)
-        for parameter in model.parameters():  # the same in every dtype
-            parameter.data = parameter.data.bfloat16().to(dtype)
+        train(model)  # before the dtype, on which random numbers depend
+    base, model = base.to(dtype), model.to(dtype)
     if apply:
         lkt.apply(model)
     return base.eval(), model

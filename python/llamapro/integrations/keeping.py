@@ -78,7 +78,7 @@ class BaseKeepingLoss:
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be above 0 and finite, got {weight}")
         self.stack, self.weight = DecoderStack(model), weight
-        self.forward: Forward | None = None
+        self.last: Forward | None = None
         _check(self.stack)
         model.register_forward_pre_hook(_want_last_logits_alone, with_kwargs=True)
         model.base_model.register_forward_hook(self._remember, with_kwargs=True)
@@ -86,7 +86,7 @@ class BaseKeepingLoss:
     def __call__(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
         """The loss of the last forward. outputs: not read, they have no logits."""
         _check(self.stack)  # again: adapters may have come since
-        forward, self.forward = self.forward, None
+        forward, self.last = self.last, None
         targets = _targets(labels, forward)
         learnt, kept = targets >= 0, targets == KEPT
         states, head = forward.states, self.stack.model.get_output_embeddings().weight
@@ -104,7 +104,7 @@ class BaseKeepingLoss:
         states = output[0]
         kind = states.device.type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self.forward = Forward(inputs, states, torch.autocast(kind, dtype, enabled))
+        self.last = Forward(inputs, states, torch.autocast(kind, dtype, enabled))
 
     @torch.no_grad()
     def _base_states(self, inputs: dict, kept: torch.Tensor) -> torch.Tensor:

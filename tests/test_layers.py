@@ -23,7 +23,7 @@ INSIDE = {
         *("trackers", "config", "stopping", "optimizer", "progress", "metrics", "run", "loop"),
         "dry_run",
     ],
-    "integrations": ["transformers"],
+    "integrations": ["stack", "keeping", "transformers"],
 }
 # The kernels' package needs torch and, where there is one, Triton.
 NEEDED = {"torch", "triton", "llamapro_kernels"}

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 PAGE = (Path(__file__).parent.parent / "docs" / "trainers.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", PAGE, re.M | re.S))
-HERE = ("Trainer", "TRL", "accelerate, FSDP2", "peft beside new blocks", "Attention alone")
+HERE = ("Trainer", "TRL", "Keeping what the base knows", "accelerate, FSDP2")
+HERE += ("peft beside new blocks", "Attention alone")
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def test_the_trainer(surroundings, tmp_path):
 
 def test_trl(surroundings):
     exec(SECTIONS["TRL"], surroundings)
+
+
+def test_keeping(surroundings):
+    exec(SECTIONS["Keeping what the base knows"], surroundings)
+    model, stock = surroundings["model"], AutoModelForCausalLM.from_pretrained("path/to/llama")
+    tokens = torch.tensor(surroundings["rows"][:2])
+    kept = [row["labels"] for row in surroundings["data"]].count([-101] * 12)
+    assert kept == len(surroundings["samples"]) == 16
+    with surroundings["lpt"].new_blocks_off(model.eval()):
+        assert torch.equal(model(tokens).logits, stock(tokens).logits)
+    assert not torch.equal(model(tokens).logits, stock(tokens).logits)
 
 
 def test_peft(surroundings):

@@ -20,8 +20,8 @@ INSIDE = {
     ],
     "eval": ["perplexity"],
     "train": [
-        *("trackers", "config", "stopping", "optimizer", "progress", "metrics", "run", "loop"),
-        "dry_run",
+        *("trackers", "config", "prompts", "replay", "keep", "stopping", "optimizer"),
+        *("progress", "metrics", "run", "loop", "dry_run"),
     ],
     "integrations": ["stack", "keeping", "transformers"],
 }

@@ -55,13 +55,15 @@ class Mixture:
 
     After any number of rows, each corpus has given its share of them to within one row (Tijdeman,
     "The chairman assignment problem", 1980). `taken` holds how many rows each has given: this is
-    the place in the data, and going on after a stop needs no other state.
+    the place in the data, and going on after a stop needs no other state. The corpora `kept` are
+    those from which nothing shall be learnt: what the base says of them is to stay.
     """
 
     names: list[str]
     rows: list[TokenDataset]
     weights: list[float]
     taken: list[int] = field(default_factory=list)
+    kept: frozenset[str] = frozenset()
 
     def __post_init__(self):
         self.taken = self.taken or [0] * len(self.rows)

@@ -1,7 +1,8 @@
 """The settings of a run, and the learning rate that follows from them."""
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+import re
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -9,12 +10,16 @@ from typing import Literal
 from llamapro import planner
 from llamapro.data.mixture import corpora
 from llamapro.data.packing import PACKINGS
+from llamapro.data.tokens import are_samples
 from llamapro.frozen import FORMS
 from llamapro.storage import MAX_JSON_BYTES, check_regular, one_line, shown
 from llamapro.train.trackers import TRACKERS
 
 TRAINABLE = ("new_blocks", "all")
 DTYPES = ("auto", "bfloat16", "float32")
+KEEP_LOSSES = ("kl", "ce")
+KEPT = "kept"  # the name of the set that keeps the base
+KEEP = 0.2  # of the rows, where nothing is said but how much may be lost
 
 
 @dataclass
@@ -44,6 +49,18 @@ class TrainConfig:
     packing: Literal["bfd", "wrapped"] = "bfd"
     """How rows are filled: bfd puts whole documents, which do not see each other, where they fit
     best; wrapped runs across documents."""
+    keep: float | None = None
+    """The share of the rows from which nothing is learnt, but what the base says is kept: its own
+    samples, which are made once, at OUT-samples, or keep_data. Corpora in data that `llamapro
+    replay` made are kept, too."""
+    keep_data: str | None = None
+    """The data directory of those rows: samples of the base, or any general text."""
+    keep_loss: Literal["kl", "ce"] = "kl"
+    """The loss on rows that are kept: kl is the divergence from the base, ce cross-entropy."""
+    keep_within: str | None = None
+    """How much may be lost, such as 1%: of perplexity on the sets of evaluate, or, where there are
+    none, on samples of the base, as the divergence from it predicts. The weight of the rows that
+    are kept follows from it, at each evaluation."""
     learning_rate: float = 2e-4
     """The peak learning rate, which is reached after the warm-up."""
     warmup_ratio: float = 0.06
@@ -83,7 +100,7 @@ class TrainConfig:
         self.data = (self.data,) if isinstance(self.data, str) else tuple(self.data)
         self.betas = tuple(self.betas)
         choices = (("trainable", TRAINABLE), ("dtype", DTYPES), ("frozen", FORMS))
-        choices += (("packing", PACKINGS),)
+        choices += (("packing", PACKINGS), ("keep_loss", KEEP_LOSSES))
         self.report_to = tuple(self.report_to)
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
@@ -108,7 +125,13 @@ class TrainConfig:
             )
         if self.memory is not None:
             planner.parse_bytes(self.memory)
-        held_out_sets(self.data, self.evaluate)
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise ValueError(f"keep must be a share above 0 and below 1, got {self.keep}")
+        if self.keep_within is not None:
+            parse_share(self.keep_within)
+        if self.keep_data is not None and self.keep is None:
+            raise ValueError(f"keep_data {self.keep_data}: keep, the share of its rows, expected")
+        held_out_sets(self.data, self.evaluate, self.keep_data)
 
     @property
     def rows(self) -> int:
@@ -152,17 +175,53 @@ def options_in(path, leave_out: set[str]) -> list[str]:
     return as_options({name: value for name, value in read.items() if name not in leave_out})
 
 
-def held_out_sets(data, evaluate: dict[str, str]) -> dict[str, str]:
+def held_out_sets(data, evaluate: dict[str, str], keep_data: str | None = None) -> dict[str, str]:
     """The data directories that are evaluated on, by name: "domain" is that of a single corpus,
-    several have the names of their directories. Raises ValueError for a name that is there twice.
+    several have the names of their directories, "kept" is what keeps the base. Raises ValueError
+    for a name that is there twice.
     """
     found = {name: path for name, (path, _) in corpora(data).items()}
     if len(found) == 1:
         found = dict(zip(["domain"], found.values(), strict=True))
+    if keep_data is not None:
+        if KEPT in found:
+            raise ValueError(f"the corpus {KEPT!r} has the name of what is kept; name it else")
+        found[KEPT] = keep_data
     for name in evaluate:
         if name in found:
             raise ValueError(f"the held-out set {name!r} is of data; name the further one else")
     return {**found, **evaluate}
+
+
+def kept_corpora(config: TrainConfig) -> dict[str, str]:
+    """The data directories whose rows are kept, by name: samples of the base, and keep_data."""
+    found = {name: path for name, (path, _) in corpora(config.data).items() if are_samples(path)}
+    return found if config.keep_data is None else {**found, KEPT: config.keep_data}
+
+
+def with_keep_data(config: TrainConfig) -> TrainConfig:
+    """With the share of rows that are kept, and their directory, where they follow from the rest.
+    Raises DataError for corpora that are none, and ValueError when all of them are kept."""
+    samples = kept_corpora(config)
+    keep = config.keep
+    if config.keep_within is not None and not samples:
+        keep = keep or KEEP
+    if len(samples) == len(config.data) and keep is None:
+        raise ValueError(f"data to learn from expected, got samples alone: {[*config.data]}")
+    return replace(config, keep=keep, keep_data=config.keep_data or (keep and own_samples(config)))
+
+
+def own_samples(config: TrainConfig) -> str:
+    """Where the samples stand that a run makes itself."""
+    return f"{config.out}-samples"
+
+
+def parse_share(text: str) -> float:
+    """ "1%" or "0.5 %" as a share. Raises ValueError for anything else, and for 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    if not match or not float(match[1]):
+        raise ValueError(f"a limit such as 1% expected, above 0, got {text!r}")
+    return float(match[1]) / 100
 
 
 def schedule(config: TrainConfig, step: int) -> float:

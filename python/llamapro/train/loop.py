@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from dataclasses import replace
 
 import torch
 
@@ -11,11 +12,18 @@ from llamapro.config import LlamaConfig
 from llamapro.data.mixture import Mixture, corpora
 from llamapro.data.packing import open_rows
 from llamapro.data.tokens import TokenDataset, check_tokenizer, fingerprint
-from llamapro.eval.perplexity import batch_loss, perplexity
+from llamapro.eval.perplexity import perplexity, what_the_base_says
 from llamapro.hardware import keep_freed_memory, peak_memory, pick_device, resident_memory
 from llamapro.hf import Checkpoint
 from llamapro.model import Llama
-from llamapro.train.config import TrainConfig, held_out_sets, schedule
+from llamapro.train.config import (
+    KEPT,
+    TrainConfig,
+    held_out_sets,
+    kept_corpora,
+    schedule,
+)
+from llamapro.train.keep import Keeper, lost, make_samples
 from llamapro.train.optimizer import Optimizer
 from llamapro.train.progress import Progress
 from llamapro.train.run import Run
@@ -47,10 +55,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             config.model,
             shape.max_position_embeddings,
         )
-    rows, heldout = open_data(config, shape)
-    sets = held_out_sets(config.data, config.evaluate)
-    data = {name: fingerprint(path, verify=config.verify) for name, path in sets.items()}
+    open_data(replace(config, keep=None, keep_data=None), shape)  # what can be wrong, first
     recompute = policies(config, shape, device)
+    make_samples(config)
+    rows, heldout = open_data(config, shape)
+    sets = held_out_sets(config.data, config.evaluate, config.keep_data)
+    data = {name: fingerprint(path, verify=config.verify) for name, path in sets.items()}
     dtype = getattr(torch, config.dtype)
     model = Llama.from_pretrained(config.model, dtype, device, config.frozen)
     freeze(model, config.trainable)
@@ -62,23 +72,26 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
         weight_decay=config.weight_decay,
         betas=config.betas,
     )
-    with run.open(model, optimizer, rows, data) as step, asked_to_stop() as stop:
+    general = {name: heldout[name] for name in general_sets(config)}
+    base = what_the_base_says(model, general, config.eval_tokens)
+    keeper = Keeper(config, model)
+    with run.open(model, optimizer, rows, data, keeper) as step, asked_to_stop() as stop:
         with Progress(config.steps, step) as progress:
             for line in rows.described(config.rows):
                 progress.say(line)
-            _run_steps(run, heldout, step, progress, stop)
+            _run_steps(run, heldout, base, step, progress, stop)
         return run.finish(peak_memory(device))
 
 
-def _run_steps(run, heldout, step, progress, stop) -> None:
+def _run_steps(run, heldout, base, step, progress, stop) -> None:
     """From `step` to the last one; evaluations and checkpoints where they are due."""
-    config, model = run.config, run.model
+    config = run.config
     evaluated = {record["step"] for record in run.metrics.evaluations}
     if step % config.eval_every == 0 and step not in evaluated:  # at first, or where it stopped
-        _evaluate(run, heldout, step, progress)
+        _evaluate(run, heldout, base, step, progress)
     while step < config.steps:
         began = time.perf_counter()
-        metrics = take_step(model, run.optimizer, run.rows, config, step)
+        metrics = take_step(run.keeper, run.optimizer, run.rows, config, step)
         step += 1
         seconds = time.perf_counter() - began
         record = {"step": step, **metrics, **run.metrics.z_scores(metrics)}
@@ -86,14 +99,14 @@ def _run_steps(run, heldout, step, progress, stop) -> None:
         run.append(record)
         progress.step(record)
         if step % config.eval_every == 0 and not stop:
-            _evaluate(run, heldout, step, progress)
+            _evaluate(run, heldout, base, step, progress)
         last = step == config.steps or bool(stop)
         if step % config.checkpoint_every == 0 or last or run.failures:
             _save(run, step, last, stop)
         if stop:
             raise Interrupted(f"stopped after step {step}; the same command with --resume goes on")
     if run.metrics.evaluations[-1]["step"] != step:
-        _evaluate(run, heldout, step, progress)
+        _evaluate(run, heldout, base, step, progress)
 
 
 def _save(run, step: int, last: bool, stop: list) -> None:
@@ -106,32 +119,33 @@ def _save(run, step: int, last: bool, stop: list) -> None:
         raise
 
 
-def take_step(model, optimizer, rows: Mixture, config: TrainConfig, step: int) -> dict:
+def take_step(keeper: Keeper, optimizer, rows: Mixture, config: TrainConfig, step: int) -> dict:
     """One optimizer step on the rows that are due.
 
     The loss is the sum over the valid targets of all micro-batches by their number, so that
-    accumulation gives the gradient of one large batch.
+    accumulation gives the gradient of one large batch; targets that are kept have their weight.
     """
-    device = model.embed_tokens.weight.device
     size, micro_batches = config.batch_size, config.gradient_accumulation_steps
     first = step * micro_batches
     batches = [rows.batch((first + micro) * size, size) for micro in range(micro_batches)]
     valid = sum(batch.counted for batch in batches)
     if not valid:
         raise ValueError(f"step {step + 1}: a batch without a single valid target")
-    loss = torch.zeros((), device=device)
+    loss = torch.zeros((), device=keeper.model.norm.device)
+    kept_loss = torch.zeros_like(loss)
     for batch in batches:
-        summed = batch_loss(model, batch, device)
+        learnt, kept = keeper.losses(batch)
+        summed = learnt if batch.kept is None else learnt + keeper.weight * kept
         (summed / valid).backward()
         loss += summed.detach() / valid
+        kept_loss += kept.detach()
     learning_rate = schedule(config, step)
     norm = optimizer.step(learning_rate, loss, step + 1)
-    return {
-        "loss": loss.item(),
-        "gradient_norm": norm,
-        "learning_rate": learning_rate,
-        **_amounts(batches),
-    }
+    metrics = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": learning_rate}
+    kept = sum(batch.kept.counted for batch in batches if batch.kept is not None)
+    if kept:
+        metrics |= {"kept_loss": kept_loss.item() / kept, "kept_weight": keeper.weight}
+    return {**metrics, **_amounts(batches)}
 
 
 def _amounts(batches) -> dict:
@@ -185,24 +199,49 @@ def _other_form(work: planner.Workload, limit: float) -> str:
 def open_data(config: TrainConfig, shape: LlamaConfig) -> tuple[Mixture, dict[str, TokenDataset]]:
     """Training rows, and the held-out rows of each corpus and of the further sets."""
     vocab, seq_len, packing = shape.vocab_size, config.seq_len, config.packing
-    found, sets = corpora(config.data), held_out_sets(config.data, config.evaluate)
+    found, kept = corpora(config.data), kept_corpora(config)
+    sets = held_out_sets(config.data, config.evaluate, config.keep_data)
     for path in sets.values():
         check_tokenizer(path, config.model)
+    if config.keep_data is not None:
+        learnt = sum(weight for name, (_, weight) in found.items() if name not in kept)
+        found[KEPT] = config.keep_data, learnt * config.keep / (1 - config.keep)
     paths, weights = zip(*found.values(), strict=True)
     rows = [open_rows(path, "train", vocab, seq_len, packing, config.seed) for path in paths]
-    return Mixture([*found], rows, [*weights]), {
+    mixture = Mixture([*found], rows, [*weights], kept=frozenset(kept))
+    return mixture, {
         name: open_rows(path, "heldout", vocab, seq_len, packing) for name, path in sets.items()
     }
 
 
-def _evaluate(run, heldout: dict[str, TokenDataset], step: int, progress: Progress) -> None:
-    """Perplexity on the held-out sets, to metrics.jsonl and to the reader."""
-    values = {
-        name: perplexity(run.model, rows, run.config.eval_tokens)["perplexity"]
+def general_sets(config: TrainConfig) -> list[str]:
+    """The held-out sets that show what is kept."""
+    return [*config.evaluate, *kept_corpora(config)]
+
+
+def _evaluate(run, heldout: dict[str, TokenDataset], base, step: int, progress: Progress) -> None:
+    """Perplexity on the held-out sets, and how far the model is from its base, to metrics.jsonl and
+    to the reader; what is lost steers the weight of what is kept."""
+    config, keeper = run.config, run.keeper
+    found = {
+        name: perplexity(run.model, rows, config.eval_tokens, base=base.get(name))
         for name, rows in heldout.items()
     }
+    values = {name: result["perplexity"] for name, result in found.items()}
+    kls = {name: result["kl"] for name, result in found.items() if "kl" in result}
     if not all(math.isfinite(value) for value in values.values()):
         raise FloatingPointError(f"step {step}: held-out perplexity {values}, finite one expected")
-    run.append({"step": step, "perplexity": values})
-    said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-    progress.say(f"step {step}: held-out perplexity {said}")
+    record = {"step": step, "perplexity": values}
+    said = f"held-out perplexity {_listed(values)}"
+    if kls:
+        record |= {"kl": kls, "lost": lost(values, kls, base, config.evaluate)}
+        said += f"; KL to the base {_listed(kls)}"
+    if keeper.limit is not None and step:
+        keeper.steer(record["lost"])
+        said += f"; lost {record['lost']:.2%} of {config.keep_within}, weight {keeper.weight:.3g}"
+    run.append(record)
+    progress.say(f"step {step}: {said}")
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())

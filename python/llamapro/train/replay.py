@@ -25,8 +25,8 @@ from llamapro.generate import continue_all
 from llamapro.hardware import pick_device, pick_dtype
 from llamapro.hf import Checkpoint
 from llamapro.model import Llama
-from llamapro.proof import combined, fingerprint
-from llamapro.storage import new_directory, write_json
+from llamapro.proof import combined, digest, fingerprint
+from llamapro.storage import new_directory, read_json, write_json
 from llamapro.train.prompts import Dialogues, Prefixes, Sample, open_prompts
 
 CACHE = {"cpu": 2**30, "cuda": 2**33}  # bytes for the keys and values of a batch
@@ -89,8 +89,9 @@ def replay(
                 "kind": "chat" if chat else "text",
                 "tokenizer": source.fingerprint,
                 "sources": [{"name": f"samples of {path.name}", "rows": None, "licence": None}],
-                "samples": {"temperature": temperature, "dropped": shards.dropped},
+                "samples": {**sampler.settings(tokens), "base": base_digest(path)},
             }
+            meta["samples"]["dropped"] = shards.dropped
         meta |= shards.summary()
         meta["samples"] |= statistics(directory, meta)
         write_json(directory / "meta.json", meta)
@@ -115,10 +116,15 @@ class Sampler:
         held = 2 * heads * config.head_dim * self.seq_len * dtype.itemsize
         return max(8, min(MOST_ROWS, CACHE[self.model.norm.device.type] // held))
 
+    def settings(self, tokens: int) -> dict:
+        """What was asked for, as meta.json has it."""
+        names = ("temperature", "seq_len", "seed")
+        return {"tokens": tokens, **{name: getattr(self, name) for name in names}}
+
     def identity(self, tokens: int) -> str:
         """A hash of all that decides what is written."""
         said = [combined(fingerprint(self.model)), str(self.model.norm.dtype), self.source.said]
-        said += [self.source.stop, self.temperature, self.seq_len, self.seed, self.rows, tokens]
+        said += [self.source.stop, self.settings(tokens), self.rows]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
     def draw(self, batch: int) -> list[Sample]:
@@ -134,6 +140,19 @@ class Sampler:
         places = range(batch * self.rows, (batch + 1) * self.rows)
         with self.model.new_blocks_off() if self.model.config.new_blocks else nullcontext():
             return self.source.draw(places, continued)
+
+
+def base_digest(model) -> str:
+    """Of the tensors of a model directory that expansion and the training of new blocks leave."""
+    names = ("model.embed_tokens.weight", "model.norm.weight")
+    tensors = Checkpoint(model).tensors
+    return combined({name: digest(tensors[name].load()) for name in names})
+
+
+def sample_settings(data) -> dict:
+    """What `replay` was asked for when it made a data directory."""
+    said = read_json(Path(data) / "meta.json").get("samples", {})
+    return {name: said.get(name) for name in ("tokens", "temperature", "seq_len", "seed", "base")}
 
 
 def _fill(shards: Shards, sampler: Sampler, tokens: int) -> None:

@@ -31,13 +31,16 @@ from llamapro.hf import Checkpoint, entries_of, write_model, write_safetensors
 from llamapro.model import stock_tensors
 from llamapro.model_files import CheckpointError
 from llamapro.proof import combined, difference, digest, digests, fingerprint
+from llamapro.train.config import with_keep_data
 from llamapro.train.metrics import Metrics
 from llamapro.train.trackers import Trackers
 from llamapro_kernels import FrozenMatrix
 
 KEPT = 2
 RETRIES = 10  # of a checkpoint that could not be written, one after each step
-BEFORE = {"frozen": FORMS[0], "packing": "wrapped"}  # what runs did before there was a choice
+# What runs did before there was a choice.
+BEFORE = {"frozen": FORMS[0], "packing": "wrapped", "keep": None, "keep_data": None}
+BEFORE |= {"keep_loss": "kl", "keep_within": None}
 MAY_DIFFER = (
     "out",
     "device",
@@ -59,9 +62,9 @@ class Run:
     @classmethod
     def start(cls, config) -> "Run":
         """A new run: paths are whole, and dtype "auto" is one. Raises FileExistsError."""
-        config = _whole(config)
         if Path(config.out).exists():
             raise FileExistsError(f"{config.out} exists: resume it, or name a new run directory")
+        config = _whole(with_keep_data(config))
         if config.dtype == "auto":
             config = replace(config, dtype=pick_dtype(pick_device(config.device)))
         return cls(config, False)
@@ -72,15 +75,15 @@ class Run:
 
         Raises FileNotFoundError or ValueError when it is no run, ValueError for other settings.
         """
-        config = _whole(config)
         started = settings(config.out)
+        config = _whole(with_keep_data(config))
         if config.dtype == "auto":
             config = replace(config, dtype=started["dtype"])
         _check_same(config, started)
         return cls(config, True)
 
     @contextmanager
-    def open(self, model, optimizer, rows, data: dict[str, str]) -> Iterator[int]:
+    def open(self, model, optimizer, rows, data: dict[str, str], keeper) -> Iterator[int]:
         """Make or take the directory, go back to the newest checkpoint, and give its step, 0 when
         there is none. The model is as it was loaded.
 
@@ -94,6 +97,7 @@ class Run:
             for partial in (self.path / "checkpoints").glob(".*.partial"):
                 shutil.rmtree(partial)
             self.model, self.optimizer, self.rows, self.data = model, optimizer, rows, data
+            self.keeper = keeper
             self.metrics = Metrics(self.path / "metrics.jsonl")
             self.frozen = fingerprint(model)
             self.environment = environment(model.norm.device)
@@ -141,6 +145,7 @@ class Run:
             "frozen": self.frozen,
             "data": self.data,
             "rows": self.rows.taken,
+            "kept_weight": self.keeper.weight,
             "environment": self.environment,
             "metrics": self.metrics.carried(),
             "tensors": digests(tensors),
@@ -181,6 +186,7 @@ class Run:
         self.optimizer.load_state(tensors, state["step"])
         if "rows" in state:  # otherwise written when there was one corpus: its rows are counted
             self.rows.taken = list(state["rows"])
+        self.keeper.weight = state.get("kept_weight", 1.0)
         _set_random_state(state["random"])
         self.metrics.restore(state["step"], state["metrics"])
         return state["step"]
@@ -209,6 +215,8 @@ class Run:
             "perplexity_before": evaluations[0]["perplexity"],
             "perplexity_after": evaluations[-1]["perplexity"],
         }
+        for name in {"kl", "lost"} & evaluations[-1].keys():
+            summary[f"{name}_after"] = evaluations[-1][name]
         storage.write_json(self.path / "summary.json", summary)
         return summary
 
@@ -230,6 +238,7 @@ def settings(run) -> dict:
     evaluate, data = config.get("evaluate"), config.get("data")
     texts = [config.get("model"), config.get("dtype")]
     texts += data if isinstance(data, list) else [data]
+    texts += [text for text in [config.get("keep_data")] if text is not None]
     texts += evaluate.values() if isinstance(evaluate, dict) else [None]
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise ValueError(f"{file}: the settings of a run expected, got {sorted(config)[:5]} ...")
@@ -247,7 +256,9 @@ def _whole_paths(settings: dict) -> dict:
 
     evaluate = {name: whole(path) for name, path in settings["evaluate"].items()}
     model, data = whole(settings["model"]), absolute(settings["data"])
-    return {"model": model, "data": data, "evaluate": evaluate}
+    keep_data = settings.get("keep_data")
+    keep_data = keep_data if keep_data is None else str(Path(keep_data).resolve())
+    return {"model": model, "data": data, "evaluate": evaluate, "keep_data": keep_data}
 
 
 def _check_same(config, started: dict) -> None:

@@ -1,0 +1,160 @@
+"""What keeps a base: stories260K learns law, with shares of its own samples, by two losses.
+
+`make keep` runs it. Every row sees the same law in the same order; samples come on top. A run that
+is there is not run again, so it can be stopped, and goes on.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+import tyro
+from llamapro.cli import said_in_one_line
+from llamapro.data.prepare import prepare
+from llamapro.expansion import expand_checkpoint
+from llamapro.hardware import environment
+from llamapro.markdown import table
+from llamapro.storage import write_json
+from llamapro.train import TrainConfig, train
+from llamapro.train.replay import replay
+
+from recipes.stories import convert
+
+BATCH_SIZE, SEQ_LEN, NEW_BLOCKS = 16, 256, 5
+FRESH_SEED = 1000  # of samples that no run has seen
+# Peak learning rates; a sweep at a quarter of the tokens chose among 3e-4, 1e-3 and 3e-3.
+RATES = {"full": 1e-3, "interleaved": 3e-3, "suffix": 3e-3}
+KEPT = (0.0, 0.02, 0.05, 0.25)  # shares of the rows
+
+
+@dataclass
+class KeepConfig:
+    """The experiment; on one CPU core a run takes six to nine minutes."""
+
+    data_root: Path
+    """The folder with models/stories260K and text/legal."""
+    out: Path = Path("runs/keep")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tokens: int = 1_600_000
+    """Tokens of law that each run sees."""
+    shares: tuple[float, ...] = KEPT
+    """Shares of the rows that are samples."""
+    results: Path = Path("benchmarks/results/keep-stories260k.json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    trained: str  # "full", or where the new blocks are
+    share: float
+    loss: str | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.trained}-{self.share:g}-{self.loss}-{self.seed}"
+
+
+def rows(config: KeepConfig) -> list[Row]:
+    """Every run; what tells most comes first."""
+    kinds = [(s, loss) for s in sorted(config.shares, reverse=True) for loss in ("kl", "ce") if s]
+    kinds = [(0.0, None)] * (0 in config.shares) + kinds
+    return [
+        Row(trained, share, loss, seed)
+        for seed, (share, loss), trained in product(config.seeds, kinds, RATES)
+    ]
+
+
+def keep(config: KeepConfig) -> None:
+    """Run what is missing, and write the results after each run."""
+    out, results = config.out, []
+    base = convert(config.data_root / "models" / "stories260K", out / "base")
+    law, fresh = out / "law", out / "stories"
+    if not law.exists():
+        prepare([config.data_root / "text" / "legal"], base, law, pattern="*.jsonl")
+    if not fresh.exists():
+        replay(base, fresh, tokens=9 * 40_000, seq_len=SEQ_LEN, seed=FRESH_SEED, dtype="float32")
+    models = {"full": base}
+    for placement in ("interleaved", "suffix"):
+        models[placement] = out / placement
+        if not models[placement].exists():
+            expand_checkpoint(base, models[placement], NEW_BLOCKS, placement)
+    for row in rows(config):
+        results.append(_run(config, row, models[row.trained], base))
+        setting = {"tokens": config.tokens, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN}
+        where = environment(torch.device("cpu"))
+        write_json(config.results, {"setting": setting, "environment": where, "results": results})
+    print("\n".join(frontier_table(results)))
+
+
+def _run(config: KeepConfig, row: Row, model: Path, base: Path) -> dict:
+    samples = config.out / f"samples-{row.seed}"
+    if row.share and not samples.exists():
+        most = max(config.shares)
+        tokens = int(config.tokens * most / (1 - most))
+        replay(base, samples, tokens=tokens, seq_len=SEQ_LEN, seed=row.seed, dtype="float32")
+    settings = TrainConfig(
+        model=str(model),
+        data=(str(config.out / "law"),),
+        out=str(config.out / row.name),
+        trainable="all" if row.trained == "full" else "new_blocks",
+        steps=round(config.tokens / (1 - row.share) / BATCH_SIZE / SEQ_LEN),
+        batch_size=BATCH_SIZE,
+        seq_len=SEQ_LEN,
+        learning_rate=RATES[row.trained],
+        dtype="float32",
+        device="cpu",
+        seed=row.seed,
+        evaluate={"stories": str(config.out / "stories")},
+        eval_every=10**6,
+        eval_tokens=40_000,
+        checkpoint_every=100,
+    )
+    if row.share:
+        settings = replace(settings, keep=row.share, keep_data=str(samples), keep_loss=row.loss)
+    out = Path(settings.out)
+    finished = out / "summary.json"
+    if not finished.exists():
+        train(settings, resume=out.exists())
+    summary = json.loads(finished.read_text())
+    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    return {
+        **asdict(row),
+        "learning_rate": settings.learning_rate,
+        "law": after["domain"],
+        "stories": after["stories"],
+        "kl": summary["kl_after"]["stories"],
+        "base": {"law": before["domain"], "stories": before["stories"]},
+    }
+
+
+def frontier_table(results: list[dict]) -> list[str]:
+    """A row for each kind of run, with the mean of its seeds."""
+    kinds = dict.fromkeys((r["trained"], r["share"], r["loss"]) for r in results)
+    lines = [["base", "", "", *(f"{results[0]['base'][n]:.2f}" for n in ("law", "stories")), "0"]]
+    for trained, share, loss in kinds:
+        of_kind = [
+            r for r in results if (r["trained"], r["share"], r["loss"]) == (trained, share, loss)
+        ]
+        means = {n: sum(r[n] for r in of_kind) / len(of_kind) for n in ("law", "stories", "kl")}
+        rise = means["stories"] / results[0]["base"]["stories"] - 1
+        lines.append(
+            [
+                "full fine-tuning" if trained == "full" else f"+{NEW_BLOCKS} {trained}",
+                f"{share:.0%}",
+                {"kl": "KL", "ce": "cross-entropy", None: ""}[loss],
+                f"{means['law']:.2f}",
+                f"{means['stories']:.2f} ({rise:+.0%})",
+                f"{means['kl']:.3f}",
+            ]
+        )
+    head = ["trained", "samples", "their loss", "law", "stories", "KL to the base"]
+    return table(head, lines)
+
+
+if __name__ == "__main__":
+    with said_in_one_line():
+        keep(tyro.cli(KeepConfig))

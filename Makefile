@@ -1,6 +1,5 @@
 # Every target makes .venv itself. PYTHON=python3.12 chooses the interpreter, once.
 PYTHON ?= python3
-STEPS ?= 60
 WORKERS ?= 2
 BIN := .venv/bin
 # Tests run side by side, with one thread each; a worker gets one at a time, in conftest.py's order.
@@ -9,15 +8,19 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load -
 # what an import costs and registers.
 BY_EXTENSION := not composition and not transformers and not compile and not inductor and not import
 
-.PHONY: demo sweep test wheel sanitize bench lint
+.PHONY: demo sweep keep test wheel sanitize bench lint
 
-# The whole method on real input, to runs/demo-60/report; STEPS=200 for a longer run.
+# The whole method on real input, to runs/demo/report; STEPS=200 makes it longer, in runs/demo-200.
 demo: .venv/installed
-	PYTHONPATH=python $(BIN)/python -m recipes.demo --steps $(STEPS) --out runs/demo-$(STEPS)
+	PYTHONPATH=python $(BIN)/python -m recipes.demo $(STEPS:%=--steps %) --out runs/demo$(STEPS:%=-%)
 
 # Measure the learning rates the demo uses, and record them.
 sweep: .venv/installed
-	PYTHONPATH=python $(BIN)/python -m recipes.demo --sweep --steps $(STEPS) --out runs/sweep-$(STEPS)
+	PYTHONPATH=python $(BIN)/python -m recipes.demo --sweep $(STEPS:%=--steps %) --out runs/sweep$(STEPS:%=-%)
+
+# What keeps a base, hours on a CPU; DATA names the folder with models/stories260K and text/legal.
+keep: .venv/installed
+	PYTHONPATH=python $(BIN)/python -m recipes.keep --data-root $(DATA)
 
 # Style; everything; the builds for lesser CPUs than this one; what runs without compiled ops; the
 # Triton kernels in their interpreter (on a GPU the first line runs them); the wheel; the sanitizers.

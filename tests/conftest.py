@@ -13,7 +13,7 @@ import torch
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.storage import write_json
 from llamapro.train import TrainConfig
-from stock_models import SIZES
+from stock_models import SIZES, SPECIAL, TEMPLATE
 
 import llamapro_kernels as lk
 
@@ -135,6 +135,24 @@ def tokenizer(tmp_path):
     tokenizer.train_from_iterator(["def f(x): return x"], trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "config.json").write_text('{"eos_token_id": 0}')
+    return directory
+
+
+@pytest.fixture
+def chat_path(tiny, tmp_path):
+    """A tiny model of a tokenizer with a word for each id."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    words = [*SPECIAL, *(f"w{i}" for i in range(61 - len(SPECIAL)))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
+    directory = tiny(eos_token_id=None).save_pretrained(tmp_path / "model")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(
+        directory / "tokenizer_config.json", {"eos_token": "<end>", "chat_template": TEMPLATE}
+    )
     return directory
 
 

@@ -12,6 +12,11 @@ SIZES = {
     "num_key_value_heads": 2,
     "initializer_range": 0.2,  # so that attention is not all alike
 }
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = ["<pad>", "<end>", "<system>", "<user>", "<assistant>"]
 NO_IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 

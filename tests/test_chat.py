@@ -7,39 +7,17 @@ import pytest
 import torch
 from llamapro.data.tokens import DataError
 from llamapro.storage import write_json
+from stock_models import SPECIAL
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 pytest.importorskip("transformers")
 chat = pytest.importorskip("llamapro.chat")
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-SPECIAL = ["<pad>", "<end>", "<system>", "<user>", "<assistant>"]
-
 
 @pytest.fixture
-def path(tiny, tmp_path):
-    """A tiny model of a tokenizer with a word for each id."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
-    words = [*SPECIAL, *(f"w{i}" for i in range(61 - len(SPECIAL)))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
-    directory = tiny(eos_token_id=None).save_pretrained(tmp_path / "model")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    write_json(
-        directory / "tokenizer_config.json", {"eos_token": "<end>", "chat_template": TEMPLATE}
-    )
-    return directory
-
-
-@pytest.fixture
-def dialogue(tiny, path):
-    return chat.Dialogue(tiny(eos_token_id=None), path, system="w1 w2", max_new_tokens=8)
+def dialogue(tiny, chat_path):
+    return chat.Dialogue(tiny(eos_token_id=None), chat_path, system="w1 w2", max_new_tokens=8)
 
 
 def answers(monkeypatch, model, *texts):
@@ -69,7 +47,7 @@ def test_the_history_is_what_the_template_makes_of_it(dialogue, monkeypatch):
     assert dialogue.messages[-1]["content"] == "w7"
 
 
-def test_answers_of_the_model_itself_are_what_generate_gives(dialogue, path):
+def test_answers_of_the_model_itself_are_what_generate_gives(dialogue, chat_path):
     said = "".join(dialogue.answer("w3 w9"))
     ids = dialogue.template.prompt_ids(dialogue.messages[:-1])
     tokens = torch.tensor([ids])
@@ -110,25 +88,27 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(dialogue, monkeypatch, capsy
     ]
 
 
-def test_what_ends_an_answer(path, dialogue):
+def test_what_ends_an_answer(chat_path, dialogue):
     assert dialogue.stop == [1]
-    write_json(path / "generation_config.json", {"eos_token_id": [4, 7]})
-    assert chat.stop_ids(path, dialogue.tokenizer) == [1, 4, 7]
+    write_json(chat_path / "generation_config.json", {"eos_token_id": [4, 7]})
+    assert chat.stop_ids(chat_path, dialogue.tokenizer) == [1, 4, 7]
 
 
-def test_the_command_line(path, monkeypatch, capsys):
+def test_the_command_line(chat_path, monkeypatch, capsys):
     cli = pytest.importorskip("llamapro.cli")
     texts = []
     for _ in range(2):
         monkeypatch.setattr(sys, "stdin", io.StringIO("w3 w4\n"))
-        cli.main(["chat", str(path), "--max-new-tokens", "6", "--seed", "5", "--dtype", "float32"])
+        cli.main(
+            ["chat", str(chat_path), "--max-new-tokens", "6", "--seed", "5", "--dtype", "float32"]
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].strip()
 
 
-def test_a_model_without_a_template_is_refused_before_it_is_loaded(path, monkeypatch):
+def test_a_model_without_a_template_is_refused_before_it_is_loaded(chat_path, monkeypatch):
     cli = pytest.importorskip("llamapro.cli")
     monkeypatch.setattr(cli, "_load", None)
-    (path / "tokenizer_config.json").unlink()
+    (chat_path / "tokenizer_config.json").unlink()
     with pytest.raises(DataError, match="a chat template expected"):
-        cli.chat(path)
+        cli.chat(chat_path)

@@ -133,9 +133,9 @@ def test_report_measures_all_models(run, trained, monkeypatch, tmp_path):
     page = (tmp_path / "report" / "report.md").read_text()
     assert code is None and str(tmp_path / "report") in out
     table = [line for line in page.splitlines() if line.startswith("|")]
-    assert len(table) == 5
-    assert "bit-identical" in table[3] and "nothing frozen" in table[4]
-    for run_directory, line in zip(runs, table[3:], strict=True):
+    assert len(table) == 4 + 5
+    assert "bit-identical" in table[7] and "nothing frozen" in table[8]
+    for run_directory, line in zip(runs, table[7:], strict=True):
         summary = json.loads((run_directory / "summary.json").read_text())
         assert f"{summary['trainable_parameters'] / 1e6:.1f} M" in line
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -139,10 +139,10 @@ def test_a_run_keeps_the_bases_own_bits_and_resumes_bitwise(config, tmp_path, mo
 
 
 def test_a_matrix_that_changed_reaches_no_checkpoint(config, monkeypatch):
-    def change(model, *rest):
-        metrics = take_step(model, *rest)
+    def change(keeper, *rest):
+        metrics = take_step(keeper, *rest)
         if rest[-1] == 12:
-            model.blocks[3].gate_up.weight.values.view(torch.uint8)[0, 0] ^= 1
+            keeper.model.blocks[3].gate_up.weight.values.view(torch.uint8)[0, 0] ^= 1
         return metrics
 
     monkeypatch.setattr(module, "take_step", change)

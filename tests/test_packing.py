@@ -8,7 +8,7 @@ import pytest
 import torch
 from llamapro.data.packing import PackedDataset, best_fit
 from llamapro.data.tokens import DataError, TokenDataset, Tokens
-from llamapro.eval.perplexity import batch_loss, perplexity
+from llamapro.eval.perplexity import perplexity
 from llamapro.planner import Workload
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,7 +99,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_documents(tiny):
     for row, (end, length) in enumerate(zip(tokens.ends, lengths, strict=True)):
         ids = torch.from_numpy(tokens.ids[end - length : end].astype(np.int64))
         rows[row, : length - 1], targets[row, : length - 1] = ids[:-1], ids[1:]
-    loss = batch_loss(model, batch, "cpu") / batch.counted
+    loss = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
     padded = padded_model.loss(rows, targets)
     loss.backward()
     padded.backward()
@@ -185,7 +185,7 @@ def test_the_loss_of_conversations_is_that_of_transformers(tiny, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         model.save_pretrained(tmp_path / "m")
     )
-    loss = batch_loss(model, batch, "cpu") / batch.counted
+    loss = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
     expected = 0.0
     for end, length in zip(tokens.ends, np.diff(tokens.ends, prepend=0), strict=True):
         ids = torch.from_numpy(tokens.ids[end - length : end].astype(np.int64))[None]

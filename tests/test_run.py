@@ -42,10 +42,10 @@ def at_step(monkeypatch):
     """Runs a function of model and optimizer after the step of this number was taken."""
 
     def call(number, function):
-        def step(model, optimizer, *rest):
-            metrics = take_step(model, optimizer, *rest)
+        def step(keeper, optimizer, *rest):
+            metrics = take_step(keeper, optimizer, *rest)
             if rest[-1] + 1 == number:
-                function(model, optimizer)
+                function(keeper.model, optimizer)
             return metrics
 
         monkeypatch.setattr(module, "take_step", step)
@@ -90,7 +90,7 @@ def test_an_evaluation_of_what_changed_is_no_result(config, monkeypatch):
     config = replace(config, eval_every=100)
     evaluated = []
 
-    def perplexity(model, *rest):
+    def perplexity(model, *rest, **base):
         evaluated.append(rest)
         if len(evaluated) == 2:
             model.norm.data[0] = 9.0

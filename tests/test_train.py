@@ -14,6 +14,7 @@ from llamapro.train import Interrupted, train
 from llamapro.train import loop as module
 from llamapro.train import run as run_module
 from llamapro.train.config import schedule
+from llamapro.train.keep import Keeper
 from llamapro.train.loop import take_step
 from llamapro.train.optimizer import Optimizer
 from run_files import flip, one_document, records
@@ -134,7 +135,7 @@ def test_accumulation_is_exact(config, tiny):
         optimizer.step = lambda *_, o=optimizer, g=grads: g.update(
             {n: m.grad.clone() for n, (_, m) in o.pairs.items()}
         )
-        metrics = take_step(model, optimizer, Fixed(), micro, 0)
+        metrics = take_step(Keeper(micro, model), optimizer, Fixed(), micro, 0)
         gradients.append((metrics["loss"], grads))
     (loss, whole), (accumulated_loss, accumulated) = gradients
     assert accumulated_loss == pytest.approx(loss, rel=1e-6)
@@ -297,7 +298,7 @@ def test_a_batch_without_targets(config, tiny):
 
     model = tiny()
     with pytest.raises(ValueError, match="without a single valid target"):
-        take_step(model, optimizer_of(model), Empty(), config, 0)
+        take_step(Keeper(config, model), optimizer_of(model), Empty(), config, 0)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(config):
@@ -306,13 +307,13 @@ def test_a_loss_that_is_not_finite_changes_nothing(config):
     model.train_new_blocks_only()
     optimizer = optimizer_of(model)
     rows = TokenDataset(one_document(torch.randint(61, (4000,)).numpy()), 16)
-    take_step(model, optimizer, rows, config, 0)
+    take_step(Keeper(config, model), optimizer, rows, config, 0)
     poisoned = dict(model.blocks[0].named_parameters())["attention_norm"].data
     poisoned[0] = float("nan")
     before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
     weights = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(FloatingPointError, match=r"step 2: .* the step was not taken"):
-        take_step(model, optimizer, rows, config, 1)
+        take_step(Keeper(config, model), optimizer, rows, config, 1)
     for name, tensor in optimizer.state().items():
         assert torch.equal(tensor, before[name]), name
     for name, parameter in model.named_parameters():

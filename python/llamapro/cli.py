@@ -314,6 +314,7 @@ def plan(
     seq_len: int = 4096,
     batch_size: int = 1,
     data: Path | None = None,
+    keep: float = 0.0,
     memory: str | None = None,
     frozen: Literal[FORMS] | None = None,
     dtype: Literal[DTYPES[1:]] = "bfloat16",
@@ -329,6 +330,7 @@ def plan(
         batch_size: How many rows a step has.
         data: The data directory whose documents are packed in the rows, so that attention's work is
             that of their lengths; by default a row is one document.
+        keep: The share of the rows on which the base is distilled, as training's keep does.
         memory: How much memory there is, such as 80GB: blocks recompute more in backward until the
             step fits in 95 % of it.
         frozen: How the frozen matrices are held; by default in dtype, or with memory in the form
@@ -340,10 +342,12 @@ def plan(
     lengths = ()
     if data is not None:
         lengths = PackedDataset(load_tokens(data, "train", config.vocab_size), seq_len).spread
+    if not 0 <= keep < 1:
+        raise ValueError(f"keep must be a share from 0 to below 1, got {keep}")
     sizes = batch_size, seq_len, kind, where.type
     print(
         planner.plan(
-            planner.Workload(config, None, *sizes, documents=lengths),
+            planner.Workload(config, None, *sizes, documents=lengths, kept=keep),
             new_blocks,
             PLACEMENTS if placement == "every" else (placement,),
             limit=None if memory is None else planner.usable(memory),

@@ -35,7 +35,9 @@ USABLE = 0.95  # of a limit: allocators lose some between tensors, and libraries
 class Workload:
     """A step to be planned. `trainable` holds positions of blocks; None trains everything.
     `documents` are the lengths of those that rows are packed of, and how many of each a row has on
-    average; none of them stands for rows that are one document each."""
+    average; none of them stands for rows that are one document each. Of the share `kept` of the
+    tokens the base is asked, too, to be distilled: this model without its new blocks, or, where
+    everything is trained, a second one."""
 
     config: LlamaConfig
     trainable: tuple[int, ...] | None
@@ -45,6 +47,7 @@ class Workload:
     device: str = "cuda"
     frozen: str = FORMS[0]
     documents: tuple[tuple[int, float], ...] = ()
+    kept: float = 0.0
 
     def __post_init__(self):
         if not self.trained:
@@ -70,6 +73,12 @@ class Workload:
         documents = self.documents or ((self.length, 1),)
         seen = (count * visible_pairs(n, n, window=window) for n, count in documents)
         return round(self.batch * sum(seen))
+
+    @property
+    def asked(self) -> list[int]:
+        """The blocks that the base's own forward goes through."""
+        first = 0 if self.trainable is None else min(self.trained)
+        return [i for i in range(first, len(self.blocks)) if i not in self.config.new_blocks]
 
     @property
     def blocks(self) -> range:
@@ -126,7 +135,19 @@ def flops(work: Workload, recompute: list[str] | None = None) -> dict[str, int]:
         )
         total.update({name: count * value for name, value in of_one.items()})
     head = 2 * work.tokens * shape.width * work.config.vocab_size
-    return {**total, "head": (2 + (work.trainable is None)) * head}
+    return {**total, "head": (2 + (work.trainable is None)) * head, "base": _base_flops(work)}
+
+
+def _base_flops(work):
+    """Of the base's forward on the tokens that are kept."""
+    shape, windows = block_shape(work.config), work.config.windows
+    tokens = round(work.kept * work.tokens)
+    total = 2 * tokens * shape.width * work.config.vocab_size
+    for i in work.asked if tokens else ():
+        sizes = shape, tokens, round(work.kept * work.pairs(windows[i]))
+        forward = cost.flops(*sizes, backward=False, trained=False, recompute="none")
+        total += sum(forward.values())
+    return total
 
 
 def memory(work: Workload, recompute: list[str]) -> dict[str, int]:
@@ -151,6 +172,8 @@ def _fixed(work):
     if work.frozen != FORMS[0]:
         held = cost.bytes_in_8_bits(shape, work.frozen == "8bit-compact", work.units)
         weights += (len(work.blocks) - len(work.trained)) * (held - shape.matrices * size)
+    if work.kept and work.trainable is None:
+        weights += total * size
     return {
         "weights": weights,
         "masters": 0 if own_master else trained * MASTER,
@@ -169,6 +192,7 @@ def _moments(work, recompute):
     saved, *scratch_of = _bytes_by_policy(work)
     rest = counts["rest"] if work.trainable is None else 0
     hidden = 3 * tokens * shape.width * size  # before and after the last norm, and their gradient
+    hidden += round(work.kept * tokens) * shape.width * size  # after the base's
     chunk = chunk_bytes(tokens, work.config.vocab_size, size, work.device)
     activations, gradients = sum(saved[recompute[i]] for i in work.blocks_in_backward), 0
     moments = [(activations, rest * GRADIENT, chunk + hidden)]
@@ -332,6 +356,7 @@ def plan(
     head += ["FLOPs vs full training", "FLOPs vs tuning the base", "frozen", "recompute", "memory"]
     head += ["largest batch size"] if limit else []
     head += ["tokens/s (roofline)"] if rate else []
+    head += ["keeping adds"] if tuning.kept else []
     return "\n".join([*table(head, lines), *("\n" + line for line in refused), *details])
 
 
@@ -353,10 +378,13 @@ def _summary(name, work, tuning, recompute, limit, rate):
         f"{memory(work, recompute)['total'] / 1e9:.2f} GB",
     ]
     cells += [str(largest_batch(work, limit))] if limit else []
-    if not rate:
-        return cells
-    known = work.frozen == FORMS[0] or not work.units  # the rate of products in 8 bits is not
-    return [*cells, f"{rate / total * work.tokens:,.0f}" if known else "not known"]
+    if rate:
+        known = work.frozen == FORMS[0] or not work.units  # the rate of products in 8 bits is not
+        cells += [f"{rate / total * work.tokens:,.0f}" if known else "not known"]
+    if work.kept:
+        added = _base_flops(work)
+        cells += [f"{added / (total - added):.1%} FLOPs"]
+    return cells
 
 
 def _details(work, chosen):

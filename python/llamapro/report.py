@@ -3,12 +3,14 @@
 import json
 import math
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from llamapro.data.packing import open_rows
-from llamapro.eval.perplexity import perplexity
+from llamapro.data.tokens import are_samples
+from llamapro.eval.perplexity import perplexity, what_the_base_says
 from llamapro.hardware import pick_device
 from llamapro.hf import Checkpoint
 from llamapro.markdown import table
@@ -16,11 +18,13 @@ from llamapro.model import Llama
 from llamapro.proof import frozen_verdict, same_bytes
 from llamapro.storage import new_directory, read_json
 from llamapro.tokenizer import encode, load_tokenizer
-from llamapro.train.config import as_options, held_out_sets
+from llamapro.train.config import KEPT, as_options, held_out_sets
+from llamapro.train.keep import lost
 from llamapro.train.run import BEFORE
 
 NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"}
 PROMPT = "def read_lines(path):\n"
+LOST = 0.05  # of a rise of perplexity: above it, the verdict is no longer "kept"
 
 
 def report(
@@ -41,11 +45,11 @@ def report(
         for run in runs:
             _check_base(base, run)
         encode_prompt(base, prompt)
-        how = (runs[0]["config"], max_tokens, prompt)
-        rows = [{"name": "base", "path": Path(base), **_measure(base, *how)}]
+        how, says = (runs[0]["config"], _sets(runs), max_tokens, prompt), {}
+        rows = [{"name": "base", "path": Path(base), **_measure(base, *how, says)}]
         for name, run in zip(_names(runs), runs, strict=True):
             final = run["path"] / "final"
-            rows.append({"name": name, **run, "path": final, **_measure(final, *how)})
+            rows.append({"name": name, **run, "path": final, **_measure(final, *how, says)})
         _draw(rows, directory / "report.png")
         page = _page(rows, max_tokens, prompt, notes)
         (directory / "report.md").write_text(page, encoding="utf-8")
@@ -80,7 +84,7 @@ def _check_base(base, run: dict) -> None:
 
 def _names(runs: list[dict]) -> list[str]:
     """What was trained; where that repeats, also the shortest end of the path that tells apart."""
-    kinds = [NAMES[run["config"]["trainable"]] for run in runs]
+    kinds = [_kind(run["config"]) for run in runs]
     parts = [run["path"].absolute().parts for run in runs]
     length = 1
     while len({p[-length:] for p in parts}) < len({*parts}):
@@ -91,15 +95,52 @@ def _names(runs: list[dict]) -> list[str]:
     ]
 
 
-def _measure(model_path, config: dict, max_tokens: int, prompt: str) -> dict:
-    """Perplexity on every held-out set and a greedy continuation of the prompt."""
+def _kind(config: dict) -> str:
+    """What was trained, and what was kept by."""
+    if not config["keep"]:
+        return NAMES[config["trainable"]]
+    loss = {"kl": "KL", "ce": "cross-entropy"}[config["keep_loss"]]
+    limit = f" within {config['keep_within']}" if config["keep_within"] else ""
+    return f"{NAMES[config['trainable']]}, {config['keep']:.0%} kept{limit} by {loss}"
+
+
+@dataclass
+class Sets:
+    """The held-out sets: their directories by name, and which show what is learnt, or kept."""
+
+    paths: dict[str, str]
+    learnt: list[str]
+    kept: list[str]
+    general: list[str]  # of the kept ones, those that are no samples
+
+
+def _sets(runs: list[dict]) -> Sets:
+    """Those of the first run, with what the first that keeps its base keeps it by."""
+    config = runs[0]["config"]
+    keep_data = next((d for run in runs if (d := run["config"]["keep_data"])), None)
+    paths, general = (
+        held_out_sets(config["data"], config["evaluate"], keep_data),
+        config["evaluate"],
+    )
+    samples = {name for name, path in paths.items() if name == KEPT or are_samples(path)}
+    kept = [name for name in paths if name in samples or name in general]
+    return Sets(paths, [name for name in paths if name not in kept], kept, [*general])
+
+
+def _measure(
+    model_path, config: dict, sets: Sets, max_tokens: int, prompt: str, says: dict
+) -> dict:
+    """Perplexity on every held-out set and a greedy continuation of the prompt.
+
+    says: takes what the first model, the base, says of the sets that show what is kept.
+    """
     device = pick_device(config["device"])
     model = Llama.from_pretrained(model_path, getattr(torch, config["dtype"]), device)
-    vocab, seq_len = model.config.vocab_size, config["seq_len"]
-    values = {}
-    for name, data in held_out_sets(config["data"], config["evaluate"]).items():
-        rows = open_rows(data, "heldout", vocab, seq_len, config["packing"])
-        values[name] = perplexity(model, rows, max_tokens)
+    vocab, seq_len, packing = model.config.vocab_size, config["seq_len"], config["packing"]
+    rows = {n: open_rows(p, "heldout", vocab, seq_len, packing) for n, p in sets.paths.items()}
+    if not says:
+        says |= what_the_base_says(model, {name: rows[name] for name in sets.kept}, max_tokens)
+    values = {n: perplexity(model, of, max_tokens, base=says.get(n)) for n, of in rows.items()}
     return {"perplexity": values, "continuation": complete(model, model_path, prompt)}
 
 
@@ -127,10 +168,17 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
     base, runs = rows[0], rows[1:]
     config = runs[0]["config"]
     sets = list(base["perplexity"])
+    learnt = table(["model", "learnt", "kept", "KL to the base"], _verdicts(rows, _sets(runs)))
     head = ["model", *(f"{name} perplexity" for name in sets), "trained", "learning rate"]
     head += ["tokens/s", "peak memory", "frozen tensors"]
     lines = [
         "# What was learnt and what was kept",
+        "",
+        *learnt,
+        "",
+        "Learnt: by how much perplexity fell on what was learnt from. Kept: by how much it rose on"
+        " the other sets, at most; without one, what KL(base || model), in nats per token, says of"
+        " samples of the base.",
         "",
         *table(head, [_cells(r, base) for r in rows]),
     ]
@@ -166,12 +214,28 @@ def _same_data(runs: list[dict]) -> str:
     """What the runs saw, when it was the same."""
     configs = [run["config"] for run in runs]
     sizes = ("steps", "batch_size", "gradient_accumulation_steps", "seq_len")
-    names = ("data", "seed", "packing", *sizes)
+    names = ("data", "seed", "packing", "keep", *sizes)
     if any(c[name] != configs[0][name] for c in configs for name in names):
         return "The runs differ in the data they saw."
     room = math.prod(configs[0][name] for name in sizes[1:])  # in runs of before it was counted
     tokens = sum(m.get("tokens", room) for m in runs[0]["metrics"] if "loss" in m)
     return f"Each run saw {tokens} tokens, the same in the same order."
+
+
+def _verdicts(rows: list[dict], sets: Sets) -> list[list[str]]:
+    """What each model learnt and kept, in a word and a number each."""
+    lines = []
+    base, *values = ({n: v["perplexity"] for n, v in row["perplexity"].items()} for row in rows)
+    for row, found in zip(rows[1:], values, strict=True):
+        falls = [1 - found[name] / base[name] for name in sets.learnt]
+        kls = {name: row["perplexity"][name]["kl"] for name in sets.kept}
+        said = ["not measured"] * 2
+        if kls:
+            share = lost(found, base, kls, sets.general)
+            said[0] = f"kept to {max(share, 0.0):.1%}" if share <= LOST else f"{share:.0%} lost"
+            said[1] = ", ".join(f"{name} {value:.3f}" for name, value in kls.items())
+        lines.append([row["name"], f"{sum(falls) / len(falls):.1%}", *said])
+    return lines
 
 
 def _cells(row: dict, base: dict) -> list[str]:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,13 +23,16 @@ from llamapro.model import Llama
 from llamapro.report import command, report
 from llamapro.storage import write_json
 from llamapro.train.loop import freeze
+from llamapro.train.replay import replay
 
 from recipes import assets
 
 NEW_BLOCKS = 6
 SEQ_LEN = 512
 BATCH_SIZE = 2
-EVAL_TOKENS = {"run": 2048, "sweep": 8192, "report": 8192}  # of each of the two held-out sets
+EVAL_TOKENS = {"run": 1024, "sweep": 8192, "report": 4096}  # of each held-out set
+MOST_STEPS, MINUTES = 60, 15  # by default as many as there is time for
+KEEP = 0.2  # of the rows
 SEPARATOR = "<|endoftext|>"
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
 SWEEP = Path(__file__).with_name("demo_sweep.json")
@@ -39,44 +43,49 @@ SWEPT = {"new_blocks": (5e-4, 1e-3, 2e-3), "all": (2e-5, 5e-5, 1e-4, 2e-4)}
 class DemoConfig:
     """The demonstration: under 20 minutes on two CPU cores, CUDA when there is one."""
 
-    steps: int = 60
-    """Optimizer steps of each of the two runs."""
+    steps: int | None = None
+    """Optimizer steps of each of the four runs; by default as many as a quarter of an hour takes,
+    up to 60."""
     out: Path = Path("runs/demo")
     sweep: bool = False
     """Measure the learning rates instead, and record them for later demos."""
 
     def __post_init__(self):
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 def demo(config: DemoConfig) -> None:
-    """Fetch, expand, train twice, report. A run that was interrupted goes on where it was."""
+    """Fetch, expand, train, report. A run that was interrupted goes on where it was."""
     if (config.out / "report").exists():
         print(f"{config.out}/report is there already; delete {config.out} to run again")
         return
     print(
         f"1. fetch SmolLM2-135M and English text (98 MB, once), take Python's standard library\n"
         f"2. expand the model by {NEW_BLOCKS} identity blocks and prove that nothing changed\n"
-        f"3. teach it Python for {config.steps} steps, all but the new blocks frozen\n"
-        f"4. for comparison, fine-tune all of the base on the same tokens\n"
-        f"5. measure all three on Python and on English, write {config.out}/report/report.md",
+        f"3. teach it Python, all but the new blocks frozen; for comparison, train all of it\n"
+        f"4. do both again with samples of the base as {KEEP:.0%} of the rows, to keep what it knew\n"
+        f"5. measure all of them on Python and on English, write {config.out}/report/report.md",
         flush=True,
     )
     base, expanded = _inputs(config.out)
-    plan = _plan(config, {"new_blocks": expanded, "all": base})
+    models = {"new_blocks": expanded, "all": base}
+    plan = _plan(config, models)
     print(
-        f"{plan['device']}, {plan['dtype']}: training and measuring will take"
-        f" about {plan['minutes']:.0f} minutes",
+        f"{plan['device']}, {plan['dtype']}: {plan['steps']} steps of each of four runs, training"
+        f" and measuring will take about {plan['minutes']:.0f} minutes",
         flush=True,
     )
-    runs = []
-    for trainable, model in (("new_blocks", expanded), ("all", base)):
-        runs.append(config.out / trainable)
+    config, samples, runs = replace(config, steps=plan["steps"]), config.out / "samples", []
+    if not samples.exists():
+        _sample(config, base, samples, plan["dtype"])
+    for keep, trainable in product((None, KEEP), models):
+        model = models[trainable]
+        runs.append(config.out / (f"{trainable}-kept" if keep else trainable))
         rate = best_rate(trainable)
         settings = _settings(config, plan["dtype"], trainable, model, rate, runs[-1])
-        evaluation = {"eval_every": max(1, config.steps // 2), "eval_tokens": EVAL_TOKENS["run"]}
-        _train(settings | evaluation)
+        settings |= {"eval_every": config.steps, "eval_tokens": EVAL_TOKENS["run"]}
+        _train(settings | ({"keep": keep, "keep_data": str(samples)} if keep else {}))
     notes = _sweep_note()
     page = report(base, runs, config.out / "report", max_tokens=EVAL_TOKENS["report"], notes=notes)
     print(f"\n{page.read_text()}\n{page} and report.png beside it")
@@ -88,6 +97,7 @@ def sweep(config: DemoConfig) -> None:
     models = {"new_blocks": expanded, "all": base}
     dtype = _plan(config, models)["dtype"]
     results = []
+    config = replace(config, steps=config.steps or MOST_STEPS)
     for trainable, rates in SWEPT.items():
         for rate in rates:
             run = config.out / f"{trainable}-{rate:g}"
@@ -138,11 +148,15 @@ def _plan(config: DemoConfig, models: dict[str, Path]) -> dict:
     dtype = pick_dtype(device)
     print("timing a step ...", flush=True)
     steps, forwards = zip(*(_timed(m, t, dtype, device) for t, m in models.items()), strict=True)
-    # Two runs measure before, at the half and after; the report measures three models.
-    evaluated = 2 * (2 * 3 * EVAL_TOKENS["run"] + 3 * EVAL_TOKENS["report"])
+    # Four runs measure three sets, before and after, and ask the base; the report five models. The
+    # base's own part of a step takes about a tenth, and a sampled token as long as three others.
+    evaluated = 3 * (4 * 3 * EVAL_TOKENS["run"] + 5 * EVAL_TOKENS["report"])
     per_token = sum(forwards) / 2 / (BATCH_SIZE * SEQ_LEN)
-    seconds = config.steps * sum(steps) + evaluated * per_token
-    plan = {"device": str(device), "dtype": dtype, "minutes": seconds / 60 + 1}
+    fixed, step = 60 + evaluated * per_token, 2.1 * sum(steps) + 3 * KEEP * sum(forwards) / 2
+    fitting = max(1, min(MOST_STEPS, int((MINUTES * 60 - fixed) / step)))
+    count = config.steps or fitting
+    plan = {"device": str(device), "dtype": dtype, "steps": count}
+    plan["minutes"] = (fixed + count * step) / 60
     write_json(file, plan)
     return plan
 
@@ -165,6 +179,13 @@ def _timed(model_path: Path, trainable: str, dtype: str, device) -> tuple[float,
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start, forward))
     return min(times[1:])
+
+
+def _sample(config: DemoConfig, base: Path, out: Path, dtype: str) -> None:
+    """What the base says by itself, as training goes on from the end of a document."""
+    tokens = max(8 * SEQ_LEN, round(KEEP * config.steps * BATCH_SIZE * SEQ_LEN))
+    print(f"\nsampling {tokens} tokens of the base ...", flush=True)
+    replay(base, out, tokens=tokens, bos_token=SEPARATOR, seq_len=SEQ_LEN, dtype=dtype)
 
 
 def _settings(

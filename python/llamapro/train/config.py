@@ -211,6 +211,19 @@ def with_keep_data(config: TrainConfig) -> TrainConfig:
     return replace(config, keep=keep, keep_data=config.keep_data or (keep and own_samples(config)))
 
 
+def distilled_share(config: TrainConfig) -> float:
+    """The share of the rows of which the base is asked, too."""
+    kept, weights = kept_corpora(config), {n: w for n, (_, w) in corpora(config.data).items()}
+    learnt = sum(weight for name, weight in weights.items() if name not in kept)
+    asked = sum(weights.values()) - learnt + (own_weight(config, learnt) if config.keep_data else 0)
+    return asked / (learnt + asked) if config.keep_loss == "kl" else 0.0
+
+
+def own_weight(config: TrainConfig, learnt: float) -> float:
+    """The weight of keep_data beside corpora that are learnt from, of these weights in all."""
+    return learnt * config.keep / (1 - config.keep)
+
+
 def own_samples(config: TrainConfig) -> str:
     """Where the samples stand that a run makes itself."""
     return f"{config.out}-samples"

@@ -1,6 +1,7 @@
 """What a run would do: its data, its cost and its first micro-batch, and nothing is trained."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -11,7 +12,8 @@ from llamapro.data.tokens import IGNORED, Batch
 from llamapro.hardware import pick_device, pick_dtype
 from llamapro.hf import Checkpoint
 from llamapro.tokenizer import load_tokenizer
-from llamapro.train.config import TrainConfig
+from llamapro.train.config import TrainConfig, distilled_share, with_keep_data
+from llamapro.train.keep import sample_count, without_own_samples
 from llamapro.train.loop import open_data, policies
 
 SHOWN = 2000  # tokens of the first micro-batch
@@ -25,7 +27,12 @@ def dry_run(config: TrainConfig) -> None:
     """
     console = Console(highlight=False, soft_wrap=True)
     shape, device = Checkpoint(config.model).config, pick_device(config.device)
-    rows, heldout = open_data(config, shape)
+    config = with_keep_data(config)
+    there = config.keep_data is None or Path(config.keep_data).exists()
+    rows, heldout = open_data(config if there else without_own_samples(config), shape)
+    if not there:
+        tokens = sample_count(config)
+        console.print(f"kept: {tokens:,} tokens of the base would be sampled to {config.keep_data}")
     for line in rows.described(config.rows):
         console.print(line)
     for name, part in heldout.items():
@@ -43,7 +50,8 @@ def _cost(config: TrainConfig, shape, device, documents) -> str:
     dtype = pick_dtype(device) if config.dtype == "auto" else config.dtype
     sizes = config.batch_size, config.seq_len, getattr(torch, dtype), device.type
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
-    work = planner.Workload(shape, trainable, *sizes, config.frozen, documents)
+    kept = distilled_share(config)
+    work = planner.Workload(shape, trainable, *sizes, config.frozen, documents, kept)
     recompute = policies(config, shape, device)
     total, bytes_of = sum(planner.flops(work, recompute).values()), planner.memory(work, recompute)
     trained = len(work.trained) * planner.parameters(shape)["block"]

@@ -10,13 +10,14 @@ proportion and up to fourfold, and one that shows less lowers it, at most to hal
 import logging
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import llamapro_kernels as lk
 from llamapro.data.tokens import IGNORED, Batch
-from llamapro.eval.perplexity import BaseSays, inputs
+from llamapro.eval.perplexity import inputs
 from llamapro.model import Llama
 from llamapro.train.config import TrainConfig, kept_corpora, own_samples, parse_share
 from llamapro.train.replay import base_digest, replay, sample_settings
@@ -36,16 +37,25 @@ def make_samples(config: TrainConfig) -> None:
     path = Path(own_samples(config))
     if config.keep_data is None or Path(config.keep_data) != path.resolve():
         return
-    wanted = min(MOST_SAMPLES, round(config.keep * config.rows * config.seq_len))
-    wanted = max(wanted, LEAST_ROWS * config.seq_len)
-    how = {"tokens": wanted, "seq_len": config.seq_len, "seed": config.seed}
+    how = {"tokens": sample_count(config), "seq_len": config.seq_len, "seed": config.seed}
     if not path.exists():
-        log.info("sampling %d tokens of %s to keep it by", wanted, config.model)
+        log.info("sampling %d tokens of %s to keep it by", how["tokens"], config.model)
         replay(config.model, path, **how, dtype=config.dtype, device=config.device)
     elif sample_settings(path) != {**how, "temperature": 1.0, "base": base_digest(config.model)}:
         raise FileExistsError(
             f"{path}: samples of another base or size; name them with keep_data, or remove them"
         )
+
+
+def sample_count(config: TrainConfig) -> int:
+    """How many tokens a run samples: as many as it sees, up to a million."""
+    wanted = min(MOST_SAMPLES, round(config.keep * config.rows * config.seq_len))
+    return max(wanted, LEAST_ROWS * config.seq_len)
+
+
+def without_own_samples(config: TrainConfig) -> TrainConfig:
+    """The same run but for what it keeps by data of its own."""
+    return replace(config, keep=None, keep_data=None, keep_within=None)
 
 
 class Keeper:
@@ -104,8 +114,8 @@ class Keeper:
         self.weight = min(max(self.weight * factor, LOWEST), HIGHEST)
 
 
-def lost(perplexities: dict, kls: dict, said: dict[str, BaseSays], general) -> float:
+def lost(perplexities: dict, of_base: dict, kls: dict, general) -> float:
     """The share of what the base knows that is lost: the largest rise of perplexity on the sets
     `general`, or, without one, what the largest divergence says of the perplexity on samples."""
-    rises = [perplexities[name] / said[name].perplexity - 1 for name in general]
+    rises = [perplexities[name] / of_base[name] - 1 for name in general]
     return max(rises) if rises else math.expm1(max(kls.values()))

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from dataclasses import replace
 
 import torch
 
@@ -19,11 +18,13 @@ from llamapro.model import Llama
 from llamapro.train.config import (
     KEPT,
     TrainConfig,
+    distilled_share,
     held_out_sets,
     kept_corpora,
+    own_weight,
     schedule,
 )
-from llamapro.train.keep import Keeper, lost, make_samples
+from llamapro.train.keep import Keeper, lost, make_samples, without_own_samples
 from llamapro.train.optimizer import Optimizer
 from llamapro.train.progress import Progress
 from llamapro.train.run import Run
@@ -55,7 +56,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             config.model,
             shape.max_position_embeddings,
         )
-    open_data(replace(config, keep=None, keep_data=None), shape)  # what can be wrong, first
+    open_data(without_own_samples(config), shape)  # what can be wrong, first
     recompute = policies(config, shape, device)
     make_samples(config)
     rows, heldout = open_data(config, shape)
@@ -173,7 +174,8 @@ def policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> l
         return ["none"] * shape.num_hidden_layers
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
     sizes = config.batch_size, config.seq_len, getattr(torch, config.dtype), device.type
-    work = planner.Workload(shape, trainable, *sizes, config.frozen)
+    kept = distilled_share(config)
+    work = planner.Workload(shape, trainable, *sizes, config.frozen, kept=kept)
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     limit = planner.usable(config.memory) - libraries
     try:
@@ -205,7 +207,7 @@ def open_data(config: TrainConfig, shape: LlamaConfig) -> tuple[Mixture, dict[st
         check_tokenizer(path, config.model)
     if config.keep_data is not None:
         learnt = sum(weight for name, (_, weight) in found.items() if name not in kept)
-        found[KEPT] = config.keep_data, learnt * config.keep / (1 - config.keep)
+        found[KEPT] = config.keep_data, own_weight(config, learnt)
     paths, weights = zip(*found.values(), strict=True)
     rows = [open_rows(path, "train", vocab, seq_len, packing, config.seed) for path in paths]
     mixture = Mixture([*found], rows, [*weights], kept=frozenset(kept))
@@ -234,7 +236,8 @@ def _evaluate(run, heldout: dict[str, TokenDataset], base, step: int, progress: 
     record = {"step": step, "perplexity": values}
     said = f"held-out perplexity {_listed(values)}"
     if kls:
-        record |= {"kl": kls, "lost": lost(values, kls, base, config.evaluate)}
+        of_base = {name: said.perplexity for name, said in base.items()}
+        record |= {"kl": kls, "lost": lost(values, of_base, kls, config.evaluate)}
         said += f"; KL to the base {_listed(kls)}"
     if keeper.limit is not None and step:
         keeper.steer(record["lost"])

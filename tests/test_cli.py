@@ -148,7 +148,7 @@ def test_report_measures_all_models(run, trained, monkeypatch, tmp_path):
         metrics = map(json.loads, (run_directory / "metrics.jsonl").read_text().splitlines())
         tokens = sum(m.get("tokens", 0) for m in metrics)
     assert f"Each run saw {tokens} tokens, the same in the same order." in page
-    assert page.count("| expanded, new blocks trained |") == 1
+    assert page.count("| expanded, new blocks trained |") == 2
 
 
 def test_runs_of_one_kind_have_names_of_their_own():

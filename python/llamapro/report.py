@@ -97,7 +97,7 @@ def _names(runs: list[dict]) -> list[str]:
 
 def _kind(config: dict) -> str:
     """What was trained, and what was kept by."""
-    if not config["keep"]:
+    if not config.get("keep"):
         return NAMES[config["trainable"]]
     loss = {"kl": "KL", "ce": "cross-entropy"}[config["keep_loss"]]
     limit = f" within {config['keep_within']}" if config["keep_within"] else ""

@@ -63,8 +63,8 @@ def demo(config: DemoConfig) -> None:
     print(
         f"1. fetch SmolLM2-135M and English text (98 MB, once), take Python's standard library\n"
         f"2. expand the model by {NEW_BLOCKS} identity blocks and prove that nothing changed\n"
-        f"3. teach it Python, all but the new blocks frozen; for comparison, train all of it\n"
-        f"4. do both again with samples of the base as {KEEP:.0%} of the rows, to keep what it knew\n"
+        f"3. teach it Python, only new blocks training; for comparison, train all of it\n"
+        f"4. do both again with {KEEP:.0%} of the rows from the base itself, to keep what it knew\n"
         f"5. measure all of them on Python and on English, write {config.out}/report/report.md",
         flush=True,
     )

@@ -1,6 +1,6 @@
-"""Every measured table of the README and of docs/benchmarks.md, from benchmarks/results/*.json.
+"""Every measured table of the README and of docs/, from benchmarks/results/*.json.
 
-    python -m benchmarks.tables    # writes both files
+    python -m benchmarks.tables    # writes the files
 
 From the repository's root; it needs neither a GPU nor torch. A table stands between
 `<!-- table: NAME -->` and `<!-- end -->`, NAME as in TABLES, and shows every result of its kind, so
@@ -9,14 +9,20 @@ that a new file needs no other change. What is around it is written by hand.
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from benchmarks.gpu import report as gpu
 from benchmarks.gpu.report import cells, table
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-KINDS = ("step", "cpu", "demo")  # how a file's name begins; the others are of `benchmarks.gpu`
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "paper.md")
+KINDS = (
+    "step",
+    "cpu",
+    "demo",
+    "keep",
+)  # how a file's name begins; the others are of `benchmarks.gpu`
 README_STEPS = "step-nvidia-h200-2026-11-26.json"
 README_MODELS = ("Llama-2-7B + 8", "Llama-3.2-1B", "Llama-3.2-1B + 4")
 TABLE = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.S)
@@ -172,6 +178,34 @@ def demo_cells(row, base):
     )
 
 
+def keep() -> str:
+    """What each way of keeping a base learnt and kept, the mean of its seeds."""
+    return "\n\n".join(keep_page(name, report) for name, report in results("keep").items())
+
+
+def keep_page(name, report):
+    lines = table(("trained", "samples, loss", "seeds", "law", "stories", "KL to the base"))
+    base, kinds = report["results"][0]["base"], {}
+    lines.append(cells("base", "", "", f"{base['law']:.1f}", f"{base['stories']:.2f}", "0"))
+    for row in report["results"]:
+        kinds.setdefault((row["trained"], row["share"], row["loss"]), []).append(row)
+    for (trained, share, loss), rows in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
+        law, stories, kl = (statistics.mean(r[n] for r in rows) for n in ("law", "stories", "kl"))
+        said = KEPT_BY.get(loss, "") and f"{share:.0%}, {KEPT_BY[loss]}"
+        rise = f"{stories:.2f} ({stories / base['stories'] - 1:+.1%})"
+        figures = f"{law:.2f}", rise, f"{kl:.3f}"
+        lines.append(cells(KEPT_MODELS[trained], said, len(rows), *figures))
+    setting, where = report["setting"], report["environment"]
+    facts = f"{setting['tokens']:,} tokens of law in rows of {setting['seq_len']}, fp32"
+    where = f"{where['processor']}, {where['build']}, torch {where['torch']}"
+    facts = f"`make keep`, {facts}, {where}, commit {report['commit']} {source(name)}."
+    return "\n".join([*lines, "", facts])
+
+
+KEPT_BY = {"kl": "KL", "ce": "cross-entropy"}
+KEPT_MODELS = {"full": "full fine-tuning"}
+KEPT_MODELS |= {where: f"+5 blocks, {where}" for where in ("interleaved", "suffix")}
+
 TABLES = {
     "ops": ops,
     "ops side by side": ops_side_by_side,
@@ -181,6 +215,7 @@ TABLES = {
     "CPU placements": cpu_placements,
     "CPU attention": cpu_attention,
     "demo": demo,
+    "keep": keep,
 }
 
 

@@ -12,6 +12,7 @@ from llamapro import Llama, expand, planner
 from llamapro.data.mixture import Mixture
 from llamapro.data.packing import PackedDataset
 from llamapro.data.tokens import DataError, TokenDataset
+from llamapro.frozen import FORMS
 from llamapro.storage import read_json, write_json
 from llamapro.train import TrainConfig, train
 from llamapro.train import loop as loop_module
@@ -159,6 +160,15 @@ def test_losses_and_gradients_are_those_of_plain_pytorch(
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("packing", KINDS)
+def test_a_micro_batch_may_be_kept_as_a_whole(tiny, keeping, packing):
+    model = awake(expand(tiny(), 2))
+    model.train_new_blocks_only()
+    learnt, kept = Keeper(keeping, model).losses(batch_of(packing, rows=2, kept=2))
+    (learnt + kept).backward()
+    assert learnt == 0 < kept
+
+
 def test_a_model_that_is_its_base_has_no_loss_to_keep(tiny, keeping):
     model = expand(tiny(), 2)
     model.train_new_blocks_only()
@@ -183,6 +193,14 @@ def test_a_run_keeps_its_base(config, keeping, tmp_path):
     with after.new_blocks_off():
         assert torch.equal(after(tokens), before(tokens))
     assert not torch.equal(after(tokens), before(tokens))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_a_base_in_8_bits_is_its_own_teacher(config, keeping, form):
+    """At first it is equal to the model, and no other weights are there."""
+    train(replace(keeping, frozen=form, steps=2, gradient_accumulation_steps=4))
+    assert records(keeping, "kl")[0] == {"kept": 0.0}
+    assert records(keeping, "kept_loss")[1] == 0.0 < records(keeping, "kept_loss")[2]
 
 
 def test_samples_are_made_once_beside_the_run(tiny, config, tmp_path):
@@ -242,7 +260,7 @@ def test_resumed_bit_for_bit(keeping, tmp_path, monkeypatch):
 
 def test_a_limit_is_kept(config, other, tmp_path):
     """A run loses much without it, and with it, in the end, not more than it says."""
-    free = replace(config, steps=60, keep=0.25, keep_data=other, eval_every=6)
+    free = replace(config, steps=40, keep=0.25, keep_data=other, eval_every=5)
     bound = replace(free, keep_within="20%", out=str(tmp_path / "bound"))
     without, within = train(free), train(bound)
     assert without["lost_after"] > 0.4 and within["lost_after"] <= 0.2

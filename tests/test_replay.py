@@ -76,28 +76,28 @@ def test_prompts_of_any_length_are_continued_as_each_alone(tiny):
 
 
 def test_a_stopped_one_goes_on_as_if_it_had_not(base, tmp_path, monkeypatch):
-    sampled(base, tmp_path / "whole", tokens=3000)
+    sampled(base, tmp_path / "whole", tokens=2000)
     draw = module.Sampler.draw
 
     def stopped(self, batch):
-        if batch == 3:
+        if batch == 2:
             raise KeyboardInterrupt
         return draw(self, batch)
 
     monkeypatch.setattr(module.Sampler, "draw", stopped)
     with pytest.raises(KeyboardInterrupt, match="goes on from here"):
-        sampled(base, tmp_path / "data", tokens=3000)
+        sampled(base, tmp_path / "data", tokens=2000)
     drawn = []
     monkeypatch.setattr(module.Sampler, "draw", lambda s, n: drawn.append(n) or draw(s, n))
-    sampled(base, tmp_path / "data", tokens=3000)
-    assert drawn[0] == 3 and len(drawn) > 2
+    sampled(base, tmp_path / "data", tokens=2000)
+    assert drawn[0] == 2 and len(drawn) > 2
     for name in FILES:
         assert (tmp_path / "data" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_seed_decides(base, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        sampled(base, tmp_path / name, seed=seed)
+        sampled(base, tmp_path / name, tokens=400, seed=seed)
     a, b, c = ((tmp_path / name / "train.bin").read_bytes() for name in "abc")
     assert a == b != c
 
@@ -105,8 +105,8 @@ def test_a_seed_decides(base, tmp_path):
 def test_of_an_expanded_model_the_base_is_sampled(tiny, base, tmp_path):
     model = expand(Llama.from_pretrained(base), new_blocks=2)
     torch.nn.init.normal_(model.blocks[model.config.new_blocks[0]].down_proj.weight)
-    sampled(base, tmp_path / "of base")
-    sampled(model.save_pretrained(tmp_path / "expanded"), tmp_path / "of expanded")
+    sampled(base, tmp_path / "of base", tokens=400)
+    sampled(model.save_pretrained(tmp_path / "expanded"), tmp_path / "of expanded", tokens=400)
     a, b = ((tmp_path / name / "train.bin").read_bytes() for name in ("of base", "of expanded"))
     assert a == b
 

@@ -5,6 +5,7 @@ is there is not run again, so it can be stopped, and goes on.
 """
 
 import json
+import subprocess
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,6 @@ from llamapro.cli import said_in_one_line
 from llamapro.data.prepare import prepare
 from llamapro.expansion import expand_checkpoint
 from llamapro.hardware import environment
-from llamapro.markdown import table
 from llamapro.storage import write_json
 from llamapro.train import TrainConfig, train
 from llamapro.train.replay import replay
@@ -42,6 +42,7 @@ class KeepConfig:
     shares: tuple[float, ...] = KEPT
     """Shares of the rows that are samples."""
     results: Path = Path("benchmarks/results/keep-stories260k.json")
+    picture: Path = Path("docs/keep.svg")
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,15 @@ def keep(config: KeepConfig) -> None:
     for row in rows(config):
         results.append(_run(config, row, models[row.trained], base))
         setting = {"tokens": config.tokens, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN}
-        where = environment(torch.device("cpu"))
-        write_json(config.results, {"setting": setting, "environment": where, "results": results})
-    print("\n".join(frontier_table(results)))
+        where = {"environment": environment(torch.device("cpu")), "commit": _commit()}
+        write_json(config.results, {"setting": setting, **where, "results": results})
+    draw(results, config.picture)
+    print(f"{config.results}, {config.picture}; python -m benchmarks.tables puts it into the docs")
+
+
+def _commit() -> str:
+    words = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def _run(config: KeepConfig, row: Row, model: Path, base: Path) -> dict:
@@ -131,28 +138,36 @@ def _run(config: KeepConfig, row: Row, model: Path, base: Path) -> dict:
     }
 
 
-def frontier_table(results: list[dict]) -> list[str]:
-    """A row for each kind of run, with the mean of its seeds."""
-    kinds = dict.fromkeys((r["trained"], r["share"], r["loss"]) for r in results)
-    lines = [["base", "", "", *(f"{results[0]['base'][n]:.2f}" for n in ("law", "stories")), "0"]]
-    for trained, share, loss in kinds:
-        of_kind = [
-            r for r in results if (r["trained"], r["share"], r["loss"]) == (trained, share, loss)
-        ]
-        means = {n: sum(r[n] for r in of_kind) / len(of_kind) for n in ("law", "stories", "kl")}
-        rise = means["stories"] / results[0]["base"]["stories"] - 1
-        lines.append(
-            [
-                "full fine-tuning" if trained == "full" else f"+{NEW_BLOCKS} {trained}",
-                f"{share:.0%}",
-                {"kl": "KL", "ce": "cross-entropy", None: ""}[loss],
-                f"{means['law']:.2f}",
-                f"{means['stories']:.2f} ({rise:+.0%})",
-                f"{means['kl']:.3f}",
-            ]
-        )
-    head = ["trained", "samples", "their loss", "law", "stories", "KL to the base"]
-    return table(head, lines)
+def draw(results: list[dict], path: Path) -> None:
+    """What was learnt against what was kept, a point for each run, to an SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for color, trained in enumerate(RATES):
+        for loss, marker in ((None, "x"), ("ce", "o"), ("kl", "s")):
+            mine = [r for r in results if (r["trained"], r["loss"]) == (trained, loss)]
+            if not mine:
+                continue
+            name = {None: "no samples", "ce": "samples, cross-entropy", "kl": "samples, KL"}[loss]
+            points = zip(*((r["kl"], r["law"]) for r in mine), strict=True)
+            axis.plot(*points, marker, color=f"C{color}", label=f"{_title(trained)}: {name}")
+            for row in mine:
+                if row["share"]:
+                    at = row["kl"], row["law"]
+                    axis.annotate(f" {row['share']:.0%}", at, fontsize=8, va="center")
+    axis.set(xlabel="KL to the base on its own fresh samples, nats per token: what is lost")
+    axis.set(ylabel="perplexity of held-out law: what is learnt", xscale="log")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _title(trained: str) -> str:
+    return "full fine-tuning" if trained == "full" else f"+{NEW_BLOCKS} blocks, {trained}"
 
 
 if __name__ == "__main__":

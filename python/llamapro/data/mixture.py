@@ -81,7 +81,7 @@ class Mixture:
         """What `count` rows will take of each corpus, a line each."""
         total = sum(self.weights)
         return [
-            f"{name} {weight:g} of {total:g}: {weight / total * count / len(rows):.2g} epochs of"
+            f"{name} {weight:.3g} of {total:.3g}: {weight / total * count / len(rows):.2g} epochs of"
             f" {len(rows.tokens.ids):,} tokens"
             for name, weight, rows in zip(self.names, self.weights, self.rows, strict=True)
         ]

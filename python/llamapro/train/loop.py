@@ -177,7 +177,7 @@ def policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> l
     kept = distilled_share(config)
     work = planner.Workload(shape, trainable, *sizes, config.frozen, kept=kept)
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    limit = planner.usable(config.memory) - libraries
+    limit = planner.usable(config.memory) - libraries - _held_to_compare(config, shape, device)
     try:
         return planner.choose_recompute(work, limit)
     except ValueError as error:
@@ -186,6 +186,14 @@ def policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> l
             f"{error} (of {config.memory}, {1 - planner.USABLE:.0%} are kept back for what"
             f" allocators lose, and {libraries / 1e9:.2f} GB are in use already)"
         ) from None
+
+
+def _held_to_compare(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> int:
+    """Bytes of what the base says of held-out sets: its states, on the CPU, and a trained head."""
+    sets, size = len(general_sets(config)), getattr(torch, config.dtype).itemsize
+    states = sets * config.eval_tokens * shape.hidden_size * size * (device.type == "cpu")
+    head = shape.vocab_size * shape.hidden_size * size * (config.trainable == "all" and sets > 0)
+    return states + head
 
 
 def _other_form(work: planner.Workload, limit: float) -> str:

@@ -156,18 +156,23 @@ def demo() -> str:
 
 
 def demo_page(name, report):
-    base = report["rows"][0]["perplexity"]
-    head = ("model", *(f"{name} perplexity" for name in base), "trained", "learning rate")
-    lines = table((*head, "tokens/s", "peak memory", "frozen tensors"))
-    lines += [cells(*demo_cells(row, base)) for row in report["rows"]]
-    where = f"{report['device']}, {report['cores']} cores, {report['dtype']}"
+    verdicts = table(("model", "learnt", "kept", "KL to the base"))
+    base, *rows = report["rows"]
+    for row in rows:
+        kl = ", ".join(f"{name} {value:.3f}" for name, value in row["kl"].items())
+        verdicts.append(cells(row["model"], f"{row['learnt']:.1%}", row["kept"], kl))
+    head = ("model", *(f"{name} perplexity" for name in base["perplexity"]), "trained")
+    lines = table((*head, "learning rate", "tokens/s", "peak memory", "frozen tensors"))
+    lines += [cells(*demo_cells(row, base["perplexity"])) for row in report["rows"]]
+    where = (
+        f"{report['device']}, {report['cores']} cores, {report['dtype']}, {report['steps']} steps"
+    )
     facts = f"`{report['command']}`, {where}, commit {report['commit']} {source(name)}."
-    took = (f"{seconds} with {how}" for how, seconds in report["seconds of ten steps"].items())
-    return "\n".join([*lines, "", facts, f"Seconds of ten steps: {', '.join(took)}."])
+    return "\n".join([*verdicts, "", *lines, "", facts])
 
 
 def demo_cells(row, base):
-    if row["perplexity"] is base:
+    if "trained" not in row:
         return (row["model"], *(f"{value:.2f}" for value in base.values()), *"-----")
     values = row["perplexity"].items()
     return (

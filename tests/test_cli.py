@@ -138,6 +138,11 @@ def test_report_measures_all_models(run, trained, monkeypatch, tmp_path):
     for run_directory, line in zip(runs, table[7:], strict=True):
         summary = json.loads((run_directory / "summary.json").read_text())
         assert f"{summary['trainable_parameters'] / 1e6:.1f} M" in line
+    base_figures, *figures = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert set(base_figures["kl"]) == {"general"} and base_figures["kl"]["general"] == 0.0
+    for row, line in zip(figures, table[2:4], strict=True):
+        assert row["kl"]["general"] > 0 and line.split("|")[2].strip() == f"{row['learnt']:.1%}"
+        assert row["kept"] in line and abs(row["learnt"] + row["lost"]) < 1e-12  # the same set
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
     commands = [line for line in page.splitlines() if line.startswith("llamapro train")]
     for run_directory, words in zip(runs, map(shlex.split, commands), strict=True):

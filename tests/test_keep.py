@@ -267,6 +267,11 @@ def test_a_limit_is_kept(config, other, tmp_path):
     assert within["perplexity_after"]["domain"] < within["perplexity_before"]["domain"]
 
 
+def test_a_limit_that_was_passed_is_said(keeping, caplog):
+    train(replace(keeping, steps=2, keep_within="0.01%"))
+    assert "% is lost, more than 0.01%" in caplog.text
+
+
 @pytest.mark.parametrize(
     "lost_, weight", [(0.0, 0.5), (-1.0, 0.5), (0.01, 2.0), (0.005, 1.0), (1.0, 4.0), (0.004, 0.8)]
 )

@@ -16,7 +16,7 @@ from llamapro.hf import Checkpoint
 from llamapro.markdown import table
 from llamapro.model import Llama
 from llamapro.proof import frozen_verdict, same_bytes
-from llamapro.storage import new_directory, read_json
+from llamapro.storage import new_directory, read_json, write_json
 from llamapro.tokenizer import encode, load_tokenizer
 from llamapro.train.config import KEPT, as_options, held_out_sets
 from llamapro.train.keep import lost
@@ -30,7 +30,8 @@ LOST = 0.05  # of a rise of perplexity: above it, the verdict is no longer "kept
 def report(
     base, runs, out, *, max_tokens: int = 16384, prompt: str = PROMPT, notes: str = ""
 ) -> Path:
-    """Measure the base and every run's final model, and write report.md and report.png to `out`.
+    """Measure the base and every run's final model, and write report.md, report.png and report.json
+    to `out`.
 
     base: model directory. runs: finished run directories; the held-out sets, sequence length and
     dtype are those of the first. max_tokens: of each held-out set. Every figure is measured here
@@ -53,6 +54,7 @@ def report(
         _draw(rows, directory / "report.png")
         page = _page(rows, max_tokens, prompt, notes)
         (directory / "report.md").write_text(page, encoding="utf-8")
+        write_json(directory / "report.json", _figures(rows, _sets(runs)))
     return Path(out) / "report.md"
 
 
@@ -168,19 +170,17 @@ def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
     base, runs = rows[0], rows[1:]
     config = runs[0]["config"]
     sets = list(base["perplexity"])
-    learnt = table(["model", "learnt", "kept", "KL to the base"], _verdicts(rows, _sets(runs)))
-    head = ["model", *(f"{name} perplexity" for name in sets), "trained", "learning rate"]
-    head += ["tokens/s", "peak memory", "frozen tensors"]
+    figures = _figures(rows, _sets(runs))
     lines = [
         "# What was learnt and what was kept",
         "",
-        *learnt,
+        *verdicts(figures),
         "",
         "Learnt: by how much perplexity fell on what was learnt from. Kept: by how much it rose on"
         " the other sets, at most; without one, what KL(base || model), in nats per token, says of"
         " samples of the base.",
         "",
-        *table(head, [_cells(r, base) for r in rows]),
+        *details(figures),
     ]
     counts = ", ".join(f"{base['perplexity'][name]['tokens']} tokens of {name}" for name in sets)
     places = [base["path"], *(run["path"].parent for run in runs)]
@@ -222,38 +222,63 @@ def _same_data(runs: list[dict]) -> str:
     return f"Each run saw {tokens} tokens, the same in the same order."
 
 
-def _verdicts(rows: list[dict], sets: Sets) -> list[list[str]]:
-    """What each model learnt and kept, in a word and a number each."""
-    lines = []
-    base, *values = ({n: v["perplexity"] for n, v in row["perplexity"].items()} for row in rows)
-    for row, found in zip(rows[1:], values, strict=True):
-        falls = [1 - found[name] / base[name] for name in sets.learnt]
-        kls = {name: row["perplexity"][name]["kl"] for name in sets.kept}
-        said = ["not measured"] * 2
-        if kls:
-            share = lost(found, base, kls, sets.general)
-            said[0] = f"kept to {max(share, 0.0):.1%}" if share <= LOST else f"{share:.0%} lost"
-            said[1] = ", ".join(f"{name} {value:.3f}" for name, value in kls.items())
-        lines.append([row["name"], f"{sum(falls) / len(falls):.1%}", *said])
-    return lines
+def _figures(rows: list[dict], sets: Sets) -> list[dict]:
+    """What is known of each model, the base first."""
+    return [_figures_of(row, rows[0], sets) for row in rows]
 
 
-def _cells(row: dict, base: dict) -> list[str]:
-    cells = [row["name"]]
-    for name, value in row["perplexity"].items():
-        change = value["perplexity"] / base["perplexity"][name]["perplexity"] - 1
-        cells.append(f"{value['perplexity']:.2f}" + ("" if row is base else f" ({change:+.1%})"))
+def _figures_of(row: dict, base: dict, sets: Sets) -> dict:
+    values, of_base = (
+        {name: found["perplexity"] for name, found in r["perplexity"].items()} for r in (row, base)
+    )
+    kls = {name: row["perplexity"][name]["kl"] for name in sets.kept}
+    known = {"model": row["name"], "perplexity": values, "kl": kls}
     if row is base:
-        return [*cells, "-", "-", "-", "-", "-"]
+        return known
+    falls = [1 - values[name] / of_base[name] for name in sets.learnt]
+    share = lost(values, of_base, kls, sets.general) if kls else None
     trained, total = row["trainable_parameters"] / 1e6, row["parameters"] / 1e6
-    return [
-        *cells,
-        f"{trained:.1f} M of {total:.1f} M ({trained / total:.0%})",
-        f"{row['config']['learning_rate']:g}",
-        f"{row['tokens_per_second']:.0f}",
-        f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
-        row["frozen"],
-    ]
+    return known | {
+        "learnt": sum(falls) / len(falls),
+        "lost": share,
+        "kept": _verdict(share),
+        "trained": f"{trained:.1f} M of {total:.1f} M ({trained / total:.0%})",
+        "learning rate": row["config"]["learning_rate"],
+        "tokens/s": round(row["tokens_per_second"]),
+        "peak GB": row["peak_memory_bytes"] / 1e9,
+        "frozen tensors": row["frozen"],
+    }
+
+
+def _verdict(share: float | None) -> str:
+    if share is None:
+        return "not measured"
+    return f"kept to {max(share, 0.0):.1%}" if share <= LOST else f"{share:.0%} lost"
+
+
+def verdicts(figures: list[dict]) -> list[str]:
+    """What each model learnt and kept, in a number each and a word."""
+    lines = []
+    for row in figures[1:]:
+        kl = ", ".join(f"{name} {value:.3f}" for name, value in row["kl"].items())
+        lines.append([row["model"], f"{row['learnt']:.1%}", row["kept"], kl or "not measured"])
+    return table(["model", "learnt", "kept", "KL to the base"], lines)
+
+
+def details(figures: list[dict]) -> list[str]:
+    """Perplexities and costs of each model."""
+    base, *runs = figures
+    of_base = base["perplexity"]
+    head = ["model", *(f"{name} perplexity" for name in of_base), "trained", "learning rate"]
+    head += ["tokens/s", "peak memory", "frozen tensors"]
+    lines = [["base", *(f"{value:.2f}" for value in of_base.values()), *"-----"]]
+    for row in runs:
+        found = row["perplexity"].items()
+        changed = [f"{value:.2f} ({value / of_base[name] - 1:+.1%})" for name, value in found]
+        said = [row["trained"], f"{row['learning rate']:g}", str(row["tokens/s"])]
+        said += [f"{row['peak GB']:.2f} GB", row["frozen tensors"]]
+        lines.append([row["model"], *changed, *said])
+    return table(head, lines)
 
 
 def command(config: dict) -> list[str]:

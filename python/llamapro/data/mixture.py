@@ -79,12 +79,12 @@ class Mixture:
 
     def described(self, count: int) -> list[str]:
         """What `count` rows will take of each corpus, a line each."""
-        total = sum(self.weights)
-        return [
-            f"{name} {weight:.3g} of {total:.3g}: {weight / total * count / len(rows):.2g} epochs of"
-            f" {len(rows.tokens.ids):,} tokens"
-            for name, weight, rows in zip(self.names, self.weights, self.rows, strict=True)
-        ]
+        total, lines = sum(self.weights), []
+        for name, weight, rows in zip(self.names, self.weights, self.rows, strict=True):
+            epochs, tokens = weight / total * count / len(rows), len(rows.tokens.ids)
+            share = f"{weight:.3g} of {total:.3g}"
+            lines.append(f"{name} {share}: {epochs:.2g} epochs of {tokens:,} tokens")
+        return lines
 
     @property
     def spread(self) -> tuple[tuple[int, float], ...]:

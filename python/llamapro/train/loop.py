@@ -81,7 +81,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             for line in rows.described(config.rows):
                 progress.say(line)
             _run_steps(run, heldout, base, step, progress, stop)
-        return run.finish(peak_memory(device))
+        summary = run.finish(peak_memory(device))
+    if keeper.limit is not None and summary["lost_after"] > keeper.limit:
+        log.warning("%.2f%% is lost, more than %s", 100 * summary["lost_after"], config.keep_within)
+    return summary
 
 
 def _run_steps(run, heldout, base, step, progress, stop) -> None:

@@ -25,7 +25,7 @@ from llamapro.train.replay import base_digest, replay, sample_settings
 MOST_SAMPLES = 10**6  # tokens that a run samples itself
 LEAST_ROWS = 8
 AIM = 0.5  # of the limit, which is then not passed between two evaluations
-LOWEST, HIGHEST = 1 / 8, 256.0  # the weight of a token that is kept, of one that is learnt being 1
+LOWEST, HIGHEST = 1 / 8, 32.0  # the weight of a token that is kept, of one that is learnt being 1
 log = logging.getLogger("llamapro")
 
 

@@ -76,11 +76,11 @@ def replay(
     source = open_prompts(path, prompts, chat, bos_token, seq_len)
     with new_directory(out, resumes=True) as directory:
         model = Llama.from_pretrained(base, getattr(torch, dtype), where).requires_grad_(False)
-        sampler = Sampler(model, source, temperature, seq_len, seed)
+        sampler = Sampler(model, source, tokens, temperature, seq_len, seed)
         kind = np.dtype(np.uint16 if model.config.vocab_size <= 2**16 else np.uint32)
-        with Shards(directory, sampler.identity(tokens), kind, chat) as shards:
+        with Shards(directory, sampler.identity(), kind, chat) as shards:
             try:
-                _fill(shards, sampler, tokens)
+                _fill(shards, sampler)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("stopped; the same command goes on from here") from None
             meta = {
@@ -89,7 +89,7 @@ def replay(
                 "kind": "chat" if chat else "text",
                 "tokenizer": source.fingerprint,
                 "sources": [{"name": f"samples of {path.name}", "rows": None, "licence": None}],
-                "samples": {**sampler.settings(tokens), "base": base_digest(path)},
+                "samples": {**sampler.settings, "base": base_digest(path)},
             }
             meta["samples"]["dropped"] = shards.dropped
         meta |= shards.summary()
@@ -104,27 +104,30 @@ class Sampler:
 
     model: Llama
     source: Prefixes | Dialogues
+    tokens: int
     temperature: float
     seq_len: int
     seed: int
 
     @cached_property
     def rows(self) -> int:
-        """How many samples are made together."""
+        """How many samples are made together: not many more than will be needed."""
         config, dtype = self.model.config, self.model.norm.dtype
         heads = config.num_hidden_layers * config.num_key_value_heads
         held = 2 * heads * config.head_dim * self.seq_len * dtype.itemsize
-        return max(8, min(MOST_ROWS, CACHE[self.model.norm.device.type] // held))
+        needed = math.ceil(self.tokens / self.seq_len * HELD_OUT / (HELD_OUT - 1))
+        return max(8, min(MOST_ROWS, needed, CACHE[self.model.norm.device.type] // held))
 
-    def settings(self, tokens: int) -> dict:
+    @property
+    def settings(self) -> dict:
         """What was asked for, as meta.json has it."""
-        names = ("temperature", "seq_len", "seed")
-        return {"tokens": tokens, **{name: getattr(self, name) for name in names}}
+        names = ("tokens", "temperature", "seq_len", "seed")
+        return {name: getattr(self, name) for name in names}
 
-    def identity(self, tokens: int) -> str:
+    def identity(self) -> str:
         """A hash of all that decides what is written."""
         said = [combined(fingerprint(self.model)), str(self.model.norm.dtype), self.source.said]
-        said += [self.source.stop, self.settings(tokens), self.rows]
+        said += [self.source.stop, self.settings, self.rows]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
     def draw(self, batch: int) -> list[Sample]:
@@ -155,8 +158,9 @@ def sample_settings(data) -> dict:
     return {name: said.get(name) for name in ("tokens", "temperature", "seq_len", "seed", "base")}
 
 
-def _fill(shards: Shards, sampler: Sampler, tokens: int) -> None:
-    """Draw batches until there are `tokens` for training, and some held out."""
+def _fill(shards: Shards, sampler: Sampler) -> None:
+    """Draw batches until there is what was asked for, and some held out."""
+    tokens = sampler.tokens
     began, said, first = time.perf_counter(), time.perf_counter(), shards.count("train")
     for batch in itertools.count(shards.done):
         made = shards.count("train")

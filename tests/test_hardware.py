@@ -15,6 +15,16 @@ def test_the_dtype_of_a_cpu(monkeypatch, rate, chosen):
     assert hardware.pick_dtype(torch.device("cpu")) == chosen
 
 
+@pytest.mark.parametrize(
+    "build, chosen",
+    [("amx", "bfloat16"), ("avx512_bf16", "bfloat16"), ("avx2", "float32"), (None, "float32")],
+)
+def test_the_dtype_of_samples(monkeypatch, build, chosen):
+    monkeypatch.setattr(hardware.cpu, "BUILD", build)
+    assert hardware.pick_sampling_dtype(torch.device("cpu")) == chosen
+    assert hardware.pick_sampling_dtype(torch.device("cuda")) == "bfloat16"
+
+
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware.pick_device() == torch.device("cpu")

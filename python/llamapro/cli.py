@@ -164,7 +164,8 @@ def replay(
         temperature: How random the choice is; 1 samples the model as it is.
         seq_len: How many tokens a sample has at most.
         seed: The seed of the samples.
-        dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
+        dtype: The dtype of the weights; auto is bfloat16, or float32 on a CPU that has no
+            instructions for that.
         device: The device to run on; auto is CUDA when there is one.
     """
     meta = replay_module.replay(

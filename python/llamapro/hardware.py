@@ -31,6 +31,13 @@ def pick_dtype(device: torch.device) -> str:
     return "bfloat16" if 2 * half > single else "float32"
 
 
+def pick_sampling_dtype(device: torch.device) -> str:
+    """ "bfloat16" where a few rows are multiplied fast in it: PyTorch's own products, which serve
+    them, are many times slower than in "float32" on a CPU without instructions for it."""
+    has_some = device.type == "cuda" or cpu.BUILD in ("avx512_bf16", "amx")
+    return "bfloat16" if has_some else "float32"
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """FLOP/s of a square matrix product: the median of five."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")

@@ -78,7 +78,7 @@ def demo(config: DemoConfig) -> None:
     )
     config, samples, runs = replace(config, steps=plan["steps"]), config.out / "samples", []
     if not samples.exists():
-        _sample(config, base, samples, plan["dtype"])
+        _sample(config, base, samples)
     for keep, trainable in product((None, KEEP), models):
         model = models[trainable]
         runs.append(config.out / (f"{trainable}-kept" if keep else trainable))
@@ -181,11 +181,11 @@ def _timed(model_path: Path, trainable: str, dtype: str, device) -> tuple[float,
     return min(times[1:])
 
 
-def _sample(config: DemoConfig, base: Path, out: Path, dtype: str) -> None:
+def _sample(config: DemoConfig, base: Path, out: Path) -> None:
     """What the base says by itself, as training goes on from the end of a document."""
     tokens = max(8 * SEQ_LEN, round(KEEP * config.steps * BATCH_SIZE * SEQ_LEN))
     print(f"\nsampling {tokens} tokens of the base ...", flush=True)
-    replay(base, out, tokens=tokens, bos_token=SEPARATOR, seq_len=SEQ_LEN, dtype=dtype)
+    replay(base, out, tokens=tokens, bos_token=SEPARATOR, seq_len=SEQ_LEN)
 
 
 def _settings(

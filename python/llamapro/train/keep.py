@@ -40,7 +40,7 @@ def make_samples(config: TrainConfig) -> None:
     how = {"tokens": sample_count(config), "seq_len": config.seq_len, "seed": config.seed}
     if not path.exists():
         log.info("sampling %d tokens of %s to keep it by", how["tokens"], config.model)
-        replay(config.model, path, **how, dtype=config.dtype, device=config.device)
+        replay(config.model, path, **how, device=config.device)
     elif sample_settings(path) != {**how, "temperature": 1.0, "base": base_digest(config.model)}:
         raise FileExistsError(
             f"{path}: samples of another base or size; name them with keep_data, or remove them"

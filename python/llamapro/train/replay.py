@@ -22,7 +22,7 @@ import torch
 from llamapro.data.shards import Shards
 from llamapro.data.tokens import PARTS, DataError
 from llamapro.generate import continue_all
-from llamapro.hardware import pick_device, pick_dtype
+from llamapro.hardware import pick_device, pick_sampling_dtype
 from llamapro.hf import Checkpoint
 from llamapro.model import Llama
 from llamapro.proof import combined, digest, fingerprint
@@ -60,7 +60,7 @@ def replay(
     tokens. prompts: sources as `prepare` takes them; samples go on from the first 16 tokens of each
     `seq_len` of their texts instead. chat: each is a question and its answer by the model's chat
     template; the questions are those of `prompts`, or else sampled too, and the answers alone are
-    targets.
+    targets. dtype: "auto" is bfloat16, or float32 on a CPU that has no instructions for that.
 
     Killed or stopped, it goes on when it is called again with the same arguments. Raises DataError
     for settings that make no sense, a base without a beginning token, prompts that are not text,
@@ -72,7 +72,7 @@ def replay(
             f" {tokens}, {seq_len} and {temperature}"
         )
     path, where = Checkpoint(base).path, pick_device(device)
-    dtype = pick_dtype(where) if dtype == "auto" else dtype
+    dtype = pick_sampling_dtype(where) if dtype == "auto" else dtype
     source = open_prompts(path, prompts, chat, bos_token, seq_len)
     with new_directory(out, resumes=True) as directory:
         model = Llama.from_pretrained(base, getattr(torch, dtype), where).requires_grad_(False)

@@ -143,7 +143,7 @@ def draw(results: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for color, trained in enumerate(RATES):
@@ -160,6 +160,10 @@ def draw(results: list[dict], path: Path) -> None:
                     axis.annotate(f" {row['share']:.0%}", at, fontsize=8, va="center")
     axis.set(xlabel="KL to the base on its own fresh samples, nats per token: what is lost")
     axis.set(ylabel="perplexity of held-out law: what is learnt", xscale="log")
+    axis.xaxis.set_major_locator(ticker.FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2]))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
     figure.savefig(path)

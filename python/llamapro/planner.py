@@ -135,7 +135,8 @@ def flops(work: Workload, recompute: list[str] | None = None) -> dict[str, int]:
         )
         total.update({name: count * value for name, value in of_one.items()})
     head = 2 * work.tokens * shape.width * work.config.vocab_size
-    return {**total, "head": (2 + (work.trainable is None)) * head, "base": _base_flops(work)}
+    total |= {"head": (2 + (work.trainable is None)) * head}
+    return {**total, "base": _base_flops(work)} if work.kept else dict(total)
 
 
 def _base_flops(work):

@@ -135,8 +135,8 @@ def flops(work: Workload, recompute: list[str] | None = None) -> dict[str, int]:
         )
         total.update({name: count * value for name, value in of_one.items()})
     head = 2 * work.tokens * shape.width * work.config.vocab_size
-    total |= {"head": (2 + (work.trainable is None)) * head}
-    return {**total, "base": _base_flops(work)} if work.kept else dict(total)
+    found = {**total, "head": (2 + (work.trainable is None)) * head}
+    return {**found, "base": _base_flops(work)} if work.kept else found
 
 
 def _base_flops(work):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llamapro.data.tokens import DataError
 from llamapro.storage import write_json
 from llamapro.train import TrainConfig, train
 from llamapro.train.config import as_options, options_in
@@ -34,6 +35,17 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(with_tokenizer
     assert "20 steps of 2 x 2 x 16 tokens in bfloat16" in out and "GFLOPs a token" in out
     assert "the first micro-batch of 32 tokens" in out and "[w" in out
     assert not Path(with_tokenizer.out).exists()
+
+
+def test_samples_that_would_be_made_are_said_and_data_that_is_missing_is_not(
+    with_tokenizer, capsys, tmp_path
+):
+    dry.dry_run(replace(with_tokenizer, keep=0.25))
+    made = f"{with_tokenizer.out}-samples"
+    assert f"tokens of the base would be sampled to {made}" in capsys.readouterr().out
+    assert not Path(made).exists()
+    with pytest.raises(DataError, match=r"no meta\.json"):
+        dry.dry_run(replace(with_tokenizer, keep=0.25, keep_data=str(tmp_path / "none")))
 
 
 def test_the_mask_of_a_conversation_is_shown(with_tokenizer, tmp_path):

@@ -14,8 +14,8 @@ from llamapro.data.packing import PackedDataset
 from llamapro.data.tokens import DataError, TokenDataset
 from llamapro.frozen import FORMS
 from llamapro.storage import read_json, write_json
-from llamapro.train import TrainConfig, train
 from llamapro.train import loop as loop_module
+from llamapro.train import train
 from llamapro.train.config import distilled_share, held_out_sets, parse_share, with_keep_data
 from llamapro.train.keep import HIGHEST, LOWEST, Keeper, lost
 from llamapro.train.loop import freeze, open_data
@@ -230,6 +230,8 @@ def test_samples_among_the_data_are_kept(config, other, tmp_path):
     assert len(records(mixed, "kept_loss")) == 16  # of 80 rows a fifth, each in another step
     with pytest.raises(ValueError, match="data to learn from expected, got samples alone"):
         with_keep_data(replace(config, data=(other,)))
+    with pytest.raises(ValueError, match="data to learn from expected, got samples alone"):
+        with_keep_data(replace(config, data=(other,), keep=0.2))
 
 
 def test_resumed_bit_for_bit(keeping, tmp_path, monkeypatch):
@@ -360,4 +362,3 @@ def test_a_limit_alone_takes_samples_for_a_fifth_of_the_rows(config):
     assert settled.keep == 0.2 and settled.keep_data == f"{config.out}-samples"
     assert with_keep_data(config) == config
     assert distilled_share(settled) == pytest.approx(0.2, abs=1e-12)
-    assert isinstance(settled, TrainConfig)

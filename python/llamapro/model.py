@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -200,6 +200,10 @@ class Llama(nn.Module):
             yield
         finally:
             self.skipped = before
+
+    def as_base(self):
+        """As `new_blocks_off`; a model that has none is its own base."""
+        return self.new_blocks_off() if self.config.new_blocks else nullcontext()
 
     def _new_blocks(self):
         if not self.config.new_blocks:

@@ -75,12 +75,6 @@ class Workload:
         return round(self.batch * sum(seen))
 
     @property
-    def asked(self) -> list[int]:
-        """The blocks that the base's own forward goes through."""
-        first = 0 if self.trainable is None else min(self.trained)
-        return [i for i in range(first, len(self.blocks)) if i not in self.config.new_blocks]
-
-    @property
     def blocks(self) -> range:
         return range(self.config.num_hidden_layers)
 
@@ -144,7 +138,8 @@ def _base_flops(work):
     shape, windows = block_shape(work.config), work.config.windows
     tokens = round(work.kept * work.tokens)
     total = 2 * tokens * shape.width * work.config.vocab_size
-    for i in work.asked if tokens else ():
+    first = 0 if work.trainable is None else min(work.trained)
+    for i in {*work.blocks[first:]} - {*work.config.new_blocks}:
         sizes = shape, tokens, round(work.kept * work.pairs(windows[i]))
         forward = cost.flops(*sizes, backward=False, trained=False, recompute="none")
         total += sum(forward.values())

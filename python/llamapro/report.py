@@ -46,15 +46,17 @@ def report(
         for run in runs:
             _check_base(base, run)
         encode_prompt(base, prompt)
-        how, says = (runs[0]["config"], _sets(runs), max_tokens, prompt), {}
+        sets, says = _sets(runs), {}
+        how = (runs[0]["config"], sets, max_tokens, prompt)
         rows = [{"name": "base", "path": Path(base), **_measure(base, *how, says)}]
         for name, run in zip(_names(runs), runs, strict=True):
             final = run["path"] / "final"
             rows.append({"name": name, **run, "path": final, **_measure(final, *how, says)})
         _draw(rows, directory / "report.png")
-        page = _page(rows, max_tokens, prompt, notes)
+        figures = [_figures(row, rows[0], sets) for row in rows]
+        page = _page(rows, figures, max_tokens, prompt, notes)
         (directory / "report.md").write_text(page, encoding="utf-8")
-        write_json(directory / "report.json", _figures(rows, _sets(runs)))
+        write_json(directory / "report.json", figures)
     return Path(out) / "report.md"
 
 
@@ -120,13 +122,11 @@ def _sets(runs: list[dict]) -> Sets:
     """Those of the first run, with what the first that keeps its base keeps it by."""
     config = runs[0]["config"]
     keep_data = next((d for run in runs if (d := run["config"]["keep_data"])), None)
-    paths, general = (
-        held_out_sets(config["data"], config["evaluate"], keep_data),
-        config["evaluate"],
-    )
+    general = [*config["evaluate"]]
+    paths = held_out_sets(config["data"], config["evaluate"], keep_data)
     samples = {name for name, path in paths.items() if name == KEPT or are_samples(path)}
     kept = [name for name in paths if name in samples or name in general]
-    return Sets(paths, [name for name in paths if name not in kept], kept, [*general])
+    return Sets(paths, [name for name in paths if name not in kept], kept, general)
 
 
 def _measure(
@@ -166,11 +166,10 @@ def encode_prompt(model_path, prompt: str):
     return tokenizer, ids
 
 
-def _page(rows: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
+def _page(rows: list[dict], figures: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
     base, runs = rows[0], rows[1:]
     config = runs[0]["config"]
     sets = list(base["perplexity"])
-    figures = _figures(rows, _sets(runs))
     lines = [
         "# What was learnt and what was kept",
         "",
@@ -222,12 +221,8 @@ def _same_data(runs: list[dict]) -> str:
     return f"Each run saw {tokens} tokens, the same in the same order."
 
 
-def _figures(rows: list[dict], sets: Sets) -> list[dict]:
-    """What is known of each model, the base first."""
-    return [_figures_of(row, rows[0], sets) for row in rows]
-
-
-def _figures_of(row: dict, base: dict, sets: Sets) -> dict:
+def _figures(row: dict, base: dict, sets: Sets) -> dict:
+    """What is known of a model; of the base less than of the others."""
     values, of_base = (
         {name: found["perplexity"] for name, found in r["perplexity"].items()} for r in (row, base)
     )

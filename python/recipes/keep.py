@@ -24,7 +24,7 @@ from recipes.stories import convert
 
 BATCH_SIZE, SEQ_LEN, NEW_BLOCKS = 16, 256, 5
 FRESH_SEED = 1000  # of samples that no run has seen
-# Peak learning rates, the best of an earlier sweep without samples.
+# Peak learning rates; not swept.
 RATES = {"full": 1e-3, "interleaved": 3e-3, "suffix": 3e-3}
 KEPT = (0.0, 0.02, 0.05, 0.25)  # shares of the rows
 

@@ -1,6 +1,5 @@
 """Perplexity on held-out tokens, and the divergence from what a base says of them."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,7 @@ def what_the_base_says(
     head = model.lm_head.weight
     head = head.detach().clone() if head.requires_grad and sets else head.detach()
     said = {}
-    with model.new_blocks_off() if model.config.new_blocks else nullcontext():
+    with model.as_base():
         for name, rows in sets.items():
             states: list[torch.Tensor] = []
             found = perplexity(model, rows, max_tokens, states=states)

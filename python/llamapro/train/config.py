@@ -202,11 +202,10 @@ def kept_corpora(config: TrainConfig) -> dict[str, str]:
 def with_keep_data(config: TrainConfig) -> TrainConfig:
     """With the share of rows that are kept, and their directory, where they follow from the rest.
     Raises DataError for corpora that are none, and ValueError when all of them are kept."""
-    samples = kept_corpora(config)
-    keep = config.keep
+    samples, keep = kept_corpora(replace(config, keep_data=None)), config.keep
     if config.keep_within is not None and not samples:
         keep = keep or KEEP
-    if len(samples) == len(config.data) and keep is None:
+    if len(samples) == len(config.data):
         raise ValueError(f"data to learn from expected, got samples alone: {[*config.data]}")
     return replace(config, keep=keep, keep_data=config.keep_data or (keep and own_samples(config)))
 

@@ -12,7 +12,7 @@ from llamapro.data.tokens import IGNORED, Batch
 from llamapro.hardware import pick_device, pick_dtype
 from llamapro.hf import Checkpoint
 from llamapro.tokenizer import load_tokenizer
-from llamapro.train.config import TrainConfig, distilled_share, with_keep_data
+from llamapro.train.config import TrainConfig, distilled_share, own_samples, with_keep_data
 from llamapro.train.keep import sample_count, without_own_samples
 from llamapro.train.loop import open_data, policies
 
@@ -28,7 +28,7 @@ def dry_run(config: TrainConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     shape, device = Checkpoint(config.model).config, pick_device(config.device)
     config = with_keep_data(config)
-    there = config.keep_data is None or Path(config.keep_data).exists()
+    there = config.keep_data != own_samples(config) or Path(config.keep_data).exists()
     rows, heldout = open_data(config if there else without_own_samples(config), shape)
     if not there:
         tokens = sample_count(config)

@@ -9,7 +9,6 @@ proportion and up to fourfold, and one that shows less lowers it, at most to hal
 
 import logging
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,12 +100,9 @@ class Keeper:
             where = {"base_tokens": base_tokens, "base_cu_seqlens": base_ends}
             both = self.model.hidden_and_base(tokens, ends, **where)
             return tuple(states.flatten(0, 1) for states in both)
-        with torch.no_grad(), self._new_blocks_off():
+        with torch.no_grad(), self.teacher.as_base():
             base = self.teacher.hidden(base_tokens, base_ends).flatten(0, 1)
         return self.model.hidden(tokens, ends).flatten(0, 1), base
-
-    def _new_blocks_off(self):
-        return self.teacher.new_blocks_off() if self.teacher.config.new_blocks else nullcontext()
 
     def steer(self, lost: float) -> None:
         """Set the weight by the share that an evaluation shows to be lost."""

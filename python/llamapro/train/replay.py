@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,7 +140,7 @@ class Sampler:
             return continue_all(self.model, prompts, self.seq_len, **how)
 
         places = range(batch * self.rows, (batch + 1) * self.rows)
-        with self.model.new_blocks_off() if self.model.config.new_blocks else nullcontext():
+        with self.model.as_base():
             return self.source.draw(places, continued)
 
 
@@ -213,9 +212,8 @@ def repetition(ids) -> float:
 
 
 def statistics(directory: Path, meta: dict) -> dict:
-    """What the samples are like: their number and length, and of their first million tokens, the
-    share of grams that are new, within a sample and among all."""
-    counts, tokens = {}, meta["tokens"]
+    """What the samples are like: their number and length, and, of the first million tokens of each
+    part, the share of grams that their sample repeats, and of those that are distinct among all."""
     ids = [np.fromfile(directory / f"{part}.bin", meta["dtype"], 10**6) for part in PARTS]
     ends = [np.fromfile(directory / f"{part}.bin.index", "<u8").astype(int) for part in PARTS]
     rows = [
@@ -223,9 +221,10 @@ def statistics(directory: Path, meta: dict) -> dict:
         for held, upto in zip(ids, ends, strict=True)
         for row in np.split(held, upto[upto < len(held)])
     ]
-    counts["samples"] = sum(map(len, ends))
-    counts["mean_length"] = sum(tokens.values()) / counts["samples"]
-    all_of = np.concatenate([grams(row) for row in rows])
-    counts["repetition"] = float(np.mean([repetition(row) for row in rows]))
-    counts["distinct_grams"] = len(np.unique(all_of, axis=0)) / max(1, len(all_of))
-    return counts
+    count, all_of = sum(map(len, ends)), np.concatenate([grams(row) for row in rows])
+    return {
+        "samples": count,
+        "mean_length": sum(meta["tokens"].values()) / count,
+        "repetition": float(np.mean([repetition(row) for row in rows])),
+        "distinct_grams": len(np.unique(all_of, axis=0)) / max(1, len(all_of)),
+    }

@@ -59,7 +59,7 @@ from llamapro_kernels.projection import (
 from llamapro_kernels.quantize import QuantizedRows
 from llamapro_kernels.rope import check_constant, check_tables
 
-Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 RECOMPUTE = ("none", "mlp", "block")
 ops = torch.ops.llamapro
 
@@ -141,14 +141,32 @@ def _attention_half(x, w, settings, cache=None):
         v,
     )
     if cache is not None:
-        keys, values = cache(keys, v)  # (B, S, Hkv, D)
+        keys, values, *seen = cache(keys, v)  # (B, S, Hkv, D), and perhaps (B, S)
         check_operands(rotated, keys, values)
+        if seen:
+            return SavedActivations(x, rstd, q, k, v, _attend(rotated, keys, values, *seen))
         check_causal(rotated, keys)
     # o (B, T, H, D), stats (B, H, 2, T)
     o, stats = ops.flash_attention(
         rotated, keys, values, settings.cu_seqlens, True, dim**-0.5, settings.window
     )
     return SavedActivations(x, rstd, q, k, v, o, stats)
+
+
+def _attend(q, k, v, seen):
+    """Attention of one query a row, q (B, 1, H, D), to the keys that `seen` (B, S) names.
+
+    The heads that share a key's are as queries of one head, so that PyTorch's fused kernels, which
+    take a mask, need no copies of keys and values.
+    """
+    if q.shape[1] != 1 or seen.shape != k.shape[:2]:
+        got = f"{tuple(q.shape)} and {tuple(seen.shape)}"
+        raise ValueError(f"one query a row and a mask (B, S) of its keys expected, got {got}")
+    grouped = q.unflatten(2, (k.shape[2], -1)).squeeze(1)  # (B, Hkv, H / Hkv, D)
+    o = torch.nn.functional.scaled_dot_product_attention(
+        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None]
+    )
+    return o.flatten(1, 2).unsqueeze(1)
 
 
 def _rotated(heads, norm, settings):
@@ -355,7 +373,8 @@ def decoder_block(
     table); it changes memory and time, and no bit of the gradients.
     `cache` is called with this block's rotated keys and its values, (B, T, Hkv, D), and returns all
     keys and values to attend to, (B, S, Hkv, D), of which the last belong to these queries; with a
-    window, those that no query sees may be left out. There are no gradients through it.
+    window, those that no query sees may be left out. For one query a row it may return a mask (B,
+    S) besides, True for the keys that are seen. There are no gradients through it.
     Under autocast the block computes in autocast's dtype. Raises TypeError for dtypes, and
     ValueError for shapes and options that do not fit. Source: Touvron et al. 2023.
     """

@@ -1,8 +1,13 @@
 """Generation: a KV cache, and sampling."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+TOKENS_AT_A_TIME = 8192  # of prompts
 
 
 def generate(model, tokens, max_new_tokens, **sampling) -> torch.Tensor:
@@ -42,36 +47,134 @@ def stream(
 
 @torch.no_grad()
 def continue_all(
-    model, prompts, length, *, stop, temperature=0.0, top_p=1.0, generator=None
+    model,
+    prompts,
+    lengths: int | list[int],
+    *,
+    stop,
+    rows: int | None = None,
+    ended=None,
+    temperature=0.0,
+    top_p=1.0,
+    generator=None,
+    tell=lambda count: None,
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids, together: each with what was sampled after it, up to
-    `length` tokens in all or the first of the ids `stop`, which is kept.
+    its length in all or the first of the ids `stop`, which is kept.
 
-    The rows begin with as many tokens as the shortest prompt has; a longer one goes on with its own
-    instead of sampled ones. Raises ValueError for a prompt of no token, or more than `length`.
+    rows: how many at a time, all by default: where one ends, the next prompt takes its place.
+    ended: called with a prompt's number and its new ids, says whether they are an end by
+    themselves. tell: called with the number of prompts that have ended since the last call.
+    Raises ValueError for a prompt of no token, or of more than its length.
     """
     check_sampling(temperature, top_p)
-    sizes = sorted(map(len, prompts)) or [0]
-    if not 0 < sizes[0] <= sizes[-1] <= length:
-        raise ValueError(f"prompts of 1 to {length} tokens expected, got {sizes[0]}..{sizes[-1]}")
-    rows, live, ended = [[*prompt] for prompt in prompts], [*range(len(prompts))], set()
-    cache, step = KVCache(model, length), [row[: sizes[0]] for row in rows]
-    for place in range(sizes[0], length):
-        tokens = torch.tensor(step, device=model.norm.device)
-        chosen = _next(model, tokens, cache, temperature, top_p, generator).tolist()
-        for (token,), row in zip(chosen, live, strict=True):
-            if row not in ended and place >= len(prompts[row]):
-                rows[row].append(token)
-                if token in stop:
-                    ended.add(row)
-        open_rows = [at for at, row in enumerate(live) if row not in ended]
-        if not open_rows:
-            break
-        if 2 * len(open_rows) <= len(live):  # the ended ones cost as much as the others
-            cache.keep(open_rows)
-            live = [live[at] for at in open_rows]
-        step = [rows[row][place : place + 1] or [stop[0]] for row in live]
-    return rows
+    lengths = [lengths] * len(prompts) if isinstance(lengths, int) else lengths
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if not 0 < len(prompt) <= length:
+            raise ValueError(f"a prompt of 1 to {length} tokens expected, got {len(prompt)}")
+    texts, stop = [[*prompt] for prompt in prompts], frozenset(stop)
+    waiting = deque(i for i, text in enumerate(texts) if len(text) < lengths[i])
+    tell(len(texts) - len(waiting))
+    slots = Slots(model, min(rows or len(prompts), len(prompts)), max(lengths, default=0))
+    live: dict[int, int] = {}  # the text of each slot that is taken
+    choose = partial(_sample, temperature=temperature, top_p=top_p, generator=generator)
+    while waiting or live:
+        taken, states = {}, []
+        room = TOKENS_AT_A_TIME
+        for slot in slots.free(live):
+            if waiting and (room == TOKENS_AT_A_TIME or len(texts[waiting[0]]) <= room):
+                taken[slot] = waiting.popleft()
+                room -= len(texts[taken[slot]])
+        live = dict(sorted(live.items()))  # all of them are then read where they are
+        if live:
+            last = torch.tensor([texts[text][-1:] for text in live.values()])
+            states.append(slots.step(model, [*live], last))
+        if taken:
+            states.append(slots.fill(model, {at: texts[text] for at, text in taken.items()}))
+        live |= taken
+        chosen = choose(model.lm_head(torch.cat(states)).float()).flatten().tolist()
+        for (slot, text), token in zip([*live.items()], chosen, strict=True):
+            texts[text].append(token)
+            new = texts[text][len(prompts[text]) :]
+            full = len(texts[text]) == lengths[text]
+            if full or token in stop or (ended and ended(text, new)):
+                del live[slot]
+                tell(1)
+    return texts
+
+
+class Slots:
+    """Keys and values of rows that have lengths of their own, each with room for `capacity`."""
+
+    def __init__(self, model, count: int, capacity: int):
+        device = model.norm.device
+        self.count, self.capacity = count, capacity
+        self.lengths = torch.zeros(count, dtype=torch.long, device=device)
+        self.windows = [block.window for block in model.blocks]
+        self.pairs: list[tuple[torch.Tensor, ...] | None] = [None] * len(model.blocks)
+
+    def free(self, taken) -> list[int]:
+        """The slots that are not taken."""
+        return [slot for slot in range(self.count) if slot not in taken]
+
+    def fill(self, model, prompts: dict[int, list[int]]) -> torch.Tensor:
+        """Begin slots anew with prompts: their last final states (n, N)."""
+        sizes = torch.tensor([len(ids) for ids in prompts.values()], device=self.lengths.device)
+        ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+        tokens = torch.tensor([[i for ids in prompts.values() for i in ids]], device=ends.device)
+        slots = torch.tensor([*prompts], device=ends.device)
+        rows = slots.repeat_interleave(sizes)
+        places = torch.arange(len(rows), device=ends.device) - ends[:-1].repeat_interleave(sizes)
+        self.lengths[slots] = sizes
+        states = model.hidden(tokens, ends, _View(self, partial(self._begin, rows, places), 0))
+        return states[0, ends[1:].long() - 1]
+
+    def step(self, model, slots: list[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Go on in some slots with tokens (n, 1): final states (n, N)."""
+        device = self.lengths.device
+        slots = torch.tensor(slots, device=device)
+        lengths = self.lengths[slots]
+        longest = int(lengths.max()) + 1
+        places = torch.arange(longest, device=device)
+        masks = {
+            window: (places <= lengths[:, None])
+            & (True if window is None else places > lengths[:, None] - window)
+            for window in set(self.windows)
+        }
+        go_on = partial(self._go_on, slots, lengths, longest, masks)
+        self.lengths[slots] += 1
+        return model.hidden(tokens.to(device), cache=_View(self, go_on, lengths[:, None]))[:, 0]
+
+    def _begin(self, rows, places, i, k, v):
+        for kept, new in zip(self._pair(i, k), (k, v), strict=True):
+            kept[rows, places] = new[0]
+        return k, v
+
+    def _go_on(self, slots, lengths, longest, masks, i, k, v):
+        pair = self._pair(i, k)
+        for kept, new in zip(pair, (k, v), strict=True):
+            kept[slots, lengths] = new[:, 0]
+        every = len(slots) == self.count
+        held = (kept[:, :longest] if every else kept[slots, :longest] for kept in pair)
+        return *held, masks[self.windows[i]]
+
+    def _pair(self, i, like):
+        if self.pairs[i] is None:
+            shape = (self.count, self.capacity, *like.shape[2:])
+            self.pairs[i] = like.new_zeros(shape), like.new_zeros(shape)  # a NaN shows through masks
+        return self.pairs[i]
+
+
+@dataclass
+class _View:
+    """Slots as the `cache` of `Llama.hidden`, for one pass."""
+
+    slots: Slots
+    keep: Callable  # takes the number of a block, its keys and its values
+    length: int | torch.Tensor
+
+    def of_block(self, i: int):
+        return partial(self.keep, i)
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
@@ -103,10 +206,6 @@ class KVCache:
             return tuple(kept[:, :end] for kept in self.pairs[i])
 
         return append
-
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows alone."""
-        self.pairs = [pair and tuple(kept[rows] for kept in pair) for pair in self.pairs]
 
 
 def _next(model, tokens, cache, temperature, top_p, generator):

@@ -158,7 +158,7 @@ class Llama(nn.Module):
         self._check_tokens(tokens)
         x = self._through(range(len(self.blocks)), self.embed_tokens(tokens), cu_seqlens, cache)
         if cache:
-            cache.length += tokens.shape[1]
+            cache.length = cache.length + tokens.shape[1]
         return lk.rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def hidden_and_base(self, tokens, cu_seqlens=None, *, base_tokens, base_cu_seqlens=None):
@@ -184,6 +184,7 @@ class Llama(nn.Module):
         if cu_seqlens is not None:
             lengths = cu_seqlens.diff()
             positions -= cu_seqlens[:-1].repeat_interleave(lengths, output_size=x.shape[1])
+        # A cache's length is a number, or (B, 1) where its rows have lengths of their own.
         cos, sin = rope_table(self.config, positions + (cache.length if cache else 0))
         for i in places:
             if i not in self.skipped:
@@ -341,14 +342,14 @@ def load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> Block:
 
 
 def rope_table(config: LlamaConfig, positions: torch.Tensor):
-    """cos and sin, each (T, D) fp32, of positions (T,).
+    """cos and sin, each (..., D) fp32, of positions (...).
 
     Computed where it is used: a buffer would be rounded by `model.to(torch.bfloat16)`.
     """
     dimensions = torch.arange(0, config.head_dim, 2, device=positions.device)
     exponents = dimensions.float() / config.head_dim
     frequencies = _scaled(1.0 / config.rope_theta**exponents, config.rope_scaling)
-    angles = positions.float()[:, None] * frequencies
+    angles = positions.float()[..., None] * frequencies
     angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
 

@@ -161,7 +161,10 @@ class Slots:
     def _pair(self, i, like):
         if self.pairs[i] is None:
             shape = (self.count, self.capacity, *like.shape[2:])
-            self.pairs[i] = like.new_zeros(shape), like.new_zeros(shape)  # a NaN shows through masks
+            self.pairs[i] = (
+                like.new_zeros(shape),
+                like.new_zeros(shape),
+            )  # a NaN shows through masks
         return self.pairs[i]
 
 

@@ -28,7 +28,6 @@ from llamapro.storage import one_line
 INIT = Path(__file__).with_name("sandbox_init.py")
 MEMORY = 2**30
 MAX_OUTPUT = 2**20
-SHOWN_OUTPUT = 2**16
 START_SECONDS = 20.0  # to start, on a busy machine: the program's own time is kept inside
 # The address space would go to threads of linear algebra.
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -45,7 +44,7 @@ class Outcome:
     """How a program ended; it passed only if it ran to its very end.
 
     reason: "passed", "timeout", "killed by SIGSEGV", "exit 1: AssertionError", "exit 0 before the
-    program's end", ... stdout: what it printed, cut at 64 KiB.
+    program's end", ... stdout: what it printed, of which more than 1 MiB ends it.
     """
 
     passed: bool
@@ -61,12 +60,8 @@ def run(
     Raises IsolationError where programs cannot be isolated, unless `allow_unsafe`: then a program
     can do what the user can, within limits of time and memory.
     """
+    check(allow_unsafe)
     missing = isolation()
-    if missing and not allow_unsafe:
-        raise IsolationError(
-            f"a model's programs run isolated only, and here that fails: {missing}; "
-            "allow_unsafe runs them with all the rights of this user"
-        )
     if not missing:
         return _outcome(*_start(program, timeout, memory, isolated=True))
     _warn(missing)
@@ -78,6 +73,16 @@ def run_all(programs: Sequence[str], *, workers: int = 2, **settings) -> list[Ou
     """How programs end, `workers` side by side; in their order. settings: of `run`."""
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda program: run(program, **settings), programs))
+
+
+def check(allow_unsafe: bool = False) -> None:
+    """Raise IsolationError where `run` would."""
+    missing = None if allow_unsafe else isolation()
+    if missing:
+        raise IsolationError(
+            f"a model's programs run isolated only, and here that fails: {missing}; "
+            "allow_unsafe runs them with all the rights of this user"
+        )
 
 
 @functools.cache
@@ -183,7 +188,7 @@ def _stop(process, isolated: bool) -> None:
 
 
 def _outcome(said: dict, stdout: str, stderr: str) -> Outcome:
-    stdout, last = stdout[:SHOWN_OUTPUT], stderr.strip().rpartition("\n")[2]
+    last = stderr.strip().rpartition("\n")[2]
     if "error" in said:
         raise IsolationError(f"a program was not started: {said['error']}")
     if said.get("ended"):

@@ -17,7 +17,8 @@ import traceback
 
 # linux/sched.h: mounts, cgroups, host name, IPC, users, processes, network
 NAMESPACES = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x20000000 | 0x40000000
-NOSUID, NODEV, NOEXEC, BIND, RECURSIVE, PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18  # linux/mount.h
+RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8  # linux/mount.h, for mounts and their attributes
+BIND, RECURSIVE, PRIVATE = 4096, 16384, 1 << 18
 DETACH, AT_RECURSIVE, MOUNT_SETATTR = 2, 0x8000, 442
 DEATH_SIGNAL, DUMPABLE, DROP_BOUND, NO_NEW_PRIVILEGES = 1, 4, 24, 38  # linux/prctl.h
 NOBODY = 65534
@@ -118,19 +119,21 @@ def _build_root(readable: list[str]) -> None:
     os.chdir("/")
     for folder in ("tmp", "proc", "dev"):
         os.mkdir(f"/new/{folder}")
+    # First of all: Python may lie in the old /tmp.
+    _mount("tmpfs", "/new/tmp", "tmpfs", NOSUID | NODEV, f"mode=1777,{SCRATCH}")
     # Shorter paths first, so that what lies in a folder that is there already is not bound twice.
     for path in sorted({*SYSTEM, *readable}, key=len):
         _show(path)
     for name in DEVICES:
         _write(f"/new/dev/{name}", "")
-    _read_only("/new")
-    for name in DEVICES:  # only now: on what _read_only has seen no device works
+    _set("/new", RDONLY | NOSUID | NODEV, flags=AT_RECURSIVE)
+    _set("/new/tmp", clear=RDONLY)
+    for name in DEVICES:  # only now that no device works on what is there
         _mount(f"/old/dev/{name}", f"/new/dev/{name}", None, BIND)
-    _mount("tmpfs", "/new/tmp", "tmpfs", NOSUID | NODEV, f"mode=1777,{SCRATCH}")
     _mount("proc", "/new/proc", "proc", NOSUID | NODEV | NOEXEC)
     # In a namespace of its own making a program would mount a larger /tmp.
     _write("/new/proc/sys/user/max_user_namespaces", "0")
-    _read_only("/new/proc")
+    _set("/new/proc", RDONLY)
     os.chdir("/new")
     _check(_libc().pivot_root(b".", b"."), "pivot_root")
     _check(_libc().umount2(b".", DETACH), "umount2")
@@ -154,12 +157,12 @@ def _show(path: str) -> None:
     _mount(source, target, None, BIND | RECURSIVE)
 
 
-def _read_only(path: str) -> None:
-    """Let nothing below a path be written, nor be a device, nor give rights."""
-    flags = (ctypes.c_uint64 * 4)(1 | NOSUID | NODEV)  # struct mount_attr
-    size = ctypes.c_size_t(ctypes.sizeof(flags))
-    call = (MOUNT_SETATTR, -1, path.encode(), AT_RECURSIVE, flags, size)
-    _check(_libc().syscall(*call), "mount_setattr (Linux 5.12)")
+def _set(path: str, attributes: int = 0, clear: int = 0, flags: int = 0) -> None:
+    """Set and clear attributes of a mount, or of all below it."""
+    change = (ctypes.c_uint64 * 4)(attributes, clear)  # struct mount_attr
+    size = ctypes.c_size_t(ctypes.sizeof(change))
+    done = _libc().syscall(MOUNT_SETATTR, -1, path.encode(), flags, change, size)
+    _check(done, "mount_setattr (Linux 5.12)")
 
 
 def _mount(source, target: str, kind, flags: int, options: str = "") -> None:

@@ -2,9 +2,9 @@
 
 A program is given no network, no home folder, no device, no environment, and one small folder to
 write to; it is stopped at a time, and nothing of it is left. What that does not cover: faults of
-the kernel; memory of many processes together, 64 at most; native code that searches its own process
-for what says that it passed; and what makes a program's tests mean something else, as an `__eq__`
-that is always True does.
+the kernel; memory of many processes together, 64 at most; native code, ctypes too, that searches
+its own process for what says that it passed; and what makes a program's tests mean something else,
+as an `__eq__` that is always True does, or skips them, as a trace function can.
 """
 
 import functools

@@ -18,7 +18,7 @@ INSIDE = {
     "data": [
         *("tokens", "packing", "mixture", "sources", "chat", "decontaminate", "shards", "prepare")
     ],
-    "eval": ["perplexity"],
+    "eval": ["perplexity", "endpoint", "records", "dialogue", "graders", "mint"],
     "train": [
         *("trackers", "config", "prompts", "replay", "keep", "stopping", "optimizer"),
         *("progress", "metrics", "run", "loop", "dry_run"),

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from llamapro.eval.endpoint import Endpoint
 
-TIMEOUT = 0.4  # for an endpoint that is too slow; others have all the time they need
+TIMEOUT = 0.5  # for an endpoint that is too slow; others have all the time they need
 
 
 class Broken(Enum):

@@ -8,6 +8,7 @@ import pytest
 from llamapro.eval import dialogue
 from llamapro.eval.dialogue import judge, rating, read_questions, write_answers
 from llamapro.eval.endpoint import Endpoint, EndpointError
+from llamapro.eval.records import finished
 from scripted_endpoint import TIMEOUT, Broken, scripted
 
 TEMPLATES = {
@@ -111,6 +112,14 @@ def test_killed_answers_go_on(bench, tmp_path):
     assert write_answers(bench, Model(most=0), out, "mine") == 0
 
 
+def test_one_process_writes_at_a_time(bench, answers):
+    with (
+        finished(answers, {}),
+        pytest.raises(BlockingIOError, match=f"^{answers}: another process is writing there"),
+    ):
+        write_answers(bench, Model(most=0), answers, "mine")
+
+
 def test_answers_of_two_models_are_kept_apart(bench, answers):
     with pytest.raises(ValueError, match="answers of 'other' alone expected, got some of 'mine'"):
         write_answers(bench, Model(most=0), answers, "other")
@@ -174,7 +183,7 @@ def test_ratings():
 
 TROUBLES = {
     500: "HTTP 500",
-    Broken.SLOW: f"no whole answer within {TIMEOUT} s; given up after 1 tries",
+    Broken.SLOW: f"no whole answer within {TIMEOUT} s; given up after try 1",
     Broken.CUT_OFF: "cut off",
     Broken.NO_JSON: "JSON with",
     "I will not say": "a rating from 1 to 10 as [[5]] expected, got 'I will not say'",
@@ -303,6 +312,8 @@ def test_bad_limits_and_answers(bench, answers, tmp_path):
         with pytest.raises(ValueError, match=f"^{answers}.*{message}"):
             judge(bench, answers, tmp_path / "out.jsonl", Endpoint("http://127.0.0.1:9", "j"))
     assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(ValueError, match=r"^/dev/null: a regular file expected, got a device"):
+        write_answers(bench, Model(most=0), "/dev/null", "mine")
 
 
 def test_real_questions(real_data, tmp_path):

@@ -73,8 +73,8 @@ class Endpoint:
                 if not error.passing:
                     raise EndpointError(reason) from None
                 if wait is None:
-                    tries = len(self.waits) + 1
-                    raise EndpointError(f"{reason}; given up after {tries} tries") from None
+                    last = len(self.waits) + 1
+                    raise EndpointError(f"{reason}; given up after try {last}") from None
             time.sleep(wait)
 
     def _post(self, body: bytes) -> bytes:
@@ -121,12 +121,11 @@ class Endpoint:
     def _said(self, error: urllib.error.HTTPError) -> str:
         """A refusal and what the endpoint says of it, without the key, which some repeat."""
         try:
-            said = error.read(PIECE).decode("utf-8", errors="replace")
+            said = error.read1(PIECE).decode("utf-8", errors="replace")
         except (http.client.HTTPException, OSError):  # the status says enough
             said = ""
-        key = _key()
-        said = said.replace(key, "***") if key else said
-        return one_line(f"HTTP {error.code} {error.reason} {said}", 300)
+        text, key = f"HTTP {error.code} {error.reason} {said}", _key()
+        return one_line(text.replace(key, "***") if key else text, 300)
 
     def _headers(self) -> dict[str, str]:
         key = _key()

@@ -153,8 +153,8 @@ def evaluate(
         next in each; it is asked greedily, for a turn of many dialogues at once.
     run: given a program and `timeout`, its outcome: `passed`, `reason`, `stdout`.
     feedback: an endpoint that comments on each turn; it does not see the reference.
-    out: a file of finished dialogues, to which more are appended; those are not held again. Raises
-        ValueError where they had other turns or another feedback.
+    out: a file of one model's finished dialogues, to which more are appended; those are not held
+        again. Raises ValueError where they had other turns or another feedback.
     """
     check_limit(limit)
     if turns < 1:

@@ -3,7 +3,7 @@
 import json
 import random
 
-WORDS = "the a cat dog saw ran far old new red is was not and to of in on by it".split()
+WORDS = ["the", "a", "cat", "dog", "saw", "ran", "far", "old", "new", "red", "is", "was", "not"]
 SUBJECTS = ("abstract_algebra", "astronomy", "virology")
 
 

@@ -18,7 +18,10 @@ INSIDE = {
     "data": [
         *("tokens", "packing", "mixture", "sources", "chat", "decontaminate", "shards", "prepare")
     ],
-    "eval": ["perplexity", "sandbox_init", "sandbox", "code_shots", "code"],
+    "eval": [
+        *("perplexity", "scoring", "completion", "harness", "tasks", "sandbox_init", "sandbox"),
+        *("code_shots", "code", "endpoint", "records", "dialogue", "graders", "mint", "evaluate"),
+    ],
     "train": [
         *("trackers", "config", "prompts", "replay", "keep", "stopping", "optimizer"),
         *("progress", "metrics", "run", "loop", "dry_run"),

@@ -120,14 +120,24 @@ def read_json(path: Path) -> dict:
     again, or holds a number that is not finite; OSError when it cannot be read.
     """
     check_regular(path, MAX_JSON_BYTES)
+    return _object(path.read_bytes(), path)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The JSON objects in a file of lines; see `read_json`. Empty lines count for nothing."""
+    check_regular(path, MAX_JSON_BYTES)
+    lines = enumerate(path.read_bytes().split(b"\n"), 1)
+    return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def _object(content: bytes, place) -> dict:
     try:
-        text = path.read_bytes().decode("utf-8")
-        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        value = json.loads(content.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
         _check_depth(value, MAX_JSON_DEPTH)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+        raise ValueError(f"{place}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object expected, got {type(value).__name__}")
+        raise ValueError(f"{place}: a JSON object expected, got {type(value).__name__}")
     return value
 
 

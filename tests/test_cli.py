@@ -17,6 +17,7 @@ from llamapro.train import TrainConfig
 
 tyro = pytest.importorskip("tyro")
 cli = pytest.importorskip("llamapro.cli")
+command_line = pytest.importorskip("llamapro.command_line")
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_errors_are_one_line(run, tiny_path, tmp_path):
 
 
 def test_what_others_say_on_lines_is_said_on_one():
-    with pytest.raises(SystemExit) as stop, cli.said_in_one_line():
+    with pytest.raises(SystemExit) as stop, command_line.said_in_one_line():
         raise RuntimeError("out of memory\n  at: allocator")
     assert stop.value.code == "llamapro: out of memory at: allocator"
 

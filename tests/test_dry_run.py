@@ -14,6 +14,7 @@ from rich.text import Text
 
 tyro = pytest.importorskip("tyro")
 cli = pytest.importorskip("llamapro.cli")
+command_line = pytest.importorskip("llamapro.command_line")
 dry = pytest.importorskip("llamapro.train.dry_run")
 
 
@@ -79,7 +80,9 @@ def test_the_file_of_a_run_repeats_it(config, tmp_path):
     """Its config.json has every setting; what the command line says wins."""
     train(config)
     file = str(Path(config.out) / "config.json")
-    arguments = cli.with_config_file(["train", "--config", file, "--out", str(tmp_path / "again")])
+    arguments = command_line.with_config_file(
+        ["train", "--config", file, "--out", str(tmp_path / "again")]
+    )
     again = tyro.cli(TrainConfig, args=arguments[1:])
     assert again == replace(config, out=str(tmp_path / "again"))
     assert train(again)["perplexity_after"] == train(config, resume=True)["perplexity_after"]
@@ -91,7 +94,9 @@ def test_settings_in_yaml(tmp_path):
         "model: m\nout: o\ndata: [a=2, b]\nlearning-rate: 3e-4\nverify: true\n"
         "evaluate: {general: g}\nbetas: [0.8, 0.9]\nreport_to: tensorboard\nmemory: null\n"
     )
-    words = cli.with_config_file(["train", f"--config={file}", "--learning_rate=1e-3", "--resume"])
+    words = command_line.with_config_file(
+        ["train", f"--config={file}", "--learning_rate=1e-3", "--resume"]
+    )
     assert words[-2:] == ["--learning_rate=1e-3", "--resume"]
     config = tyro.cli(TrainConfig, args=words[1:-1])
     assert (config.data, config.betas, config.verify) == (("a=2", "b"), (0.8, 0.9), True)

@@ -1,7 +1,5 @@
 """Our model of lm-eval, and its own `hf` backend on the same files: the same answers."""
 
-import logging
-
 import pytest
 import torch
 from bench_files import data_root
@@ -10,7 +8,7 @@ from llamapro.storage import write_json
 
 pytest.importorskip("lm_eval")
 from llamapro.eval import scoring, tasks
-from llamapro.eval.evaluate import first_questions
+from llamapro.eval.evaluate import ask
 from llamapro.eval.harness import Harness
 
 
@@ -42,13 +40,10 @@ def theirs(path):
     return HFLM(str(path), dtype="float32", device="cpu", batch_size=4)
 
 
-def answers(model, task, limit):
-    """What a model says to every request of a task, in lm-eval's order."""
-    from lm_eval import simple_evaluate
-
-    asked = {"samples": first_questions(task, limit), "bootstrap_iters": 0}
-    found = simple_evaluate(model, tasks=[task], log_samples=True, **asked)["samples"]
-    return [said for name in sorted(found) for doc in found[name] for said in doc["resps"]]
+def answers(model, name, root, limit):
+    """What a model says to every request of a benchmark, in lm-eval's order."""
+    found = ask(model, name, root, limit, samples=True)["samples"]
+    return [said for task in sorted(found) for doc in found[task] for said in doc["resps"]]
 
 
 def same(ours, theirs):
@@ -67,7 +62,7 @@ def test_answers_are_those_of_lm_evals_own_backend(path, theirs, tmp_path, name,
     """Of a few questions at the paper's shots, with shared prefixes and passes of few tokens."""
     monkeypatch.setattr(scoring, "TOKENS_AT_A_TIME", 700)
     root, model = data_root(tmp_path / "bench"), Harness(Llama.from_pretrained(path), path, rows=3)
-    found = [answers(lm, tasks.load(name, root), 6) for lm in (model, theirs)]
+    found = [answers(lm, name, root, 6) for lm in (model, theirs)]
     same(*found)
     kinds = {said[1] for (said,) in found[0] if not isinstance(said, str)}
     assert name == "gsm8k" or False in kinds
@@ -90,9 +85,7 @@ def test_an_expanded_model_says_what_its_base_says_bit_for_bit(path, tmp_path):
     base, expanded = Llama.from_pretrained(path), Llama.from_pretrained(path)
     expand(expanded, new_blocks=1)
     for name in ("hellaswag", "gsm8k"):
-        one, other = (
-            answers(Harness(m, path), tasks.load(name, root), 4) for m in (base, expanded)
-        )
+        one, other = (answers(Harness(m, path), name, root, 4) for m in (base, expanded))
         assert one == other
 
 
@@ -131,6 +124,3 @@ def test_scores_are_those_of_each_alone(path, shared):
         expected = likely.gather(1, targets[:, None]).sum().item()
         assert said.log_likelihood == pytest.approx(expected, rel=1e-5)
         assert said.greedy == bool((likely.argmax(-1) == targets).all())
-
-
-logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,10 +1,8 @@
 """The command line: llamapro expand | merge | prepare | replay | train | ..."""
 
 import json
-import logging
 import math
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +17,7 @@ import torch
 
 from llamapro import expansion, new_blocks, planner
 from llamapro import report as report_module
+from llamapro.command_line import said_in_one_line, with_config_file
 from llamapro.data import prepare as prepare_module
 from llamapro.data.chat import ChatTemplate
 from llamapro.data.packing import PACKINGS, PackedDataset, open_rows
@@ -29,12 +28,10 @@ from llamapro.hardware import matmul_rate, pick_device, pick_dtype
 from llamapro.model import Llama
 from llamapro.model_files import read_config
 from llamapro.placement import PLACEMENTS
-from llamapro.storage import one_line
 from llamapro.train import replay as replay_module
-from llamapro.train.config import DTYPES, TrainConfig, options_in
+from llamapro.train.config import DTYPES, TrainConfig
 from llamapro.train.dry_run import dry_run as show_what_it_would_do
 from llamapro.train.loop import train as run_training
-from llamapro.train.stopping import Interrupted
 
 
 def _positional(kind, name: str):
@@ -212,7 +209,18 @@ def train(
 
 def evaluate(
     model: _positional(Path, "MODEL"),
-    data_directory: _positional(Path, "DATA"),
+    data_directory: _positional(Path | None, "DATA") = None,
+    tasks: str | None = None,
+    limit: int | None = None,
+    data_root: Path | None = None,
+    batch_size: int = 8,
+    out: Path | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    judge: str | None = None,
+    judge_model: str = "gpt-4",
+    feedback: bool = False,
+    allow_unsafe: bool = False,
     seq_len: int = 512,
     max_tokens: int | None = None,
     packing: Literal[PACKINGS] = "bfd",
@@ -220,11 +228,27 @@ def evaluate(
     dtype: Literal[DTYPES] = "auto",
     device: str = "auto",
 ) -> None:
-    """Perplexity of a model on the held-out part of a data directory, as JSON.
+    """Perplexity on the held-out part of a data directory, as JSON; or benchmarks, as a table.
 
     Args:
         model: The Hugging Face model directory to evaluate.
         data_directory: The data directory that `llamapro prepare` made.
+        tasks: The benchmarks, with commas between: paper, for the nine of LLaMA Pro; mt_bench;
+            mint; or any task of lm-eval by its name.
+        limit: How many questions of each benchmark are asked; all by default.
+        data_root: A folder with a folder of .jsonl files for each benchmark; by default lm-eval
+            loads them from the hub.
+        batch_size: How many texts are generated at a time.
+        out: The JSON file that results are written to, after each benchmark; what it has by then is
+            not evaluated again.
+        samples: How many programs are written for each problem, for pass@k; more than one need a
+            temperature.
+        temperature: How random programs are; 0 takes the most probable token.
+        judge: The address of an OpenAI-compatible endpoint that grades answers to MT-Bench, such as
+            https://api.openai.com/v1; its key is taken from OPENAI_API_KEY.
+        judge_model: The model that judges.
+        feedback: Let the judge comment on each turn of MINT too.
+        allow_unsafe: Run the model's programs also where nothing can isolate them.
         seq_len: How many tokens a row has; each row starts without context.
         max_tokens: How many tokens are evaluated, evenly spaced; all of them by default.
         packing: How rows are filled: bfd puts whole documents where they fit best, and each starts
@@ -233,11 +257,40 @@ def evaluate(
         dtype: The dtype of the weights; auto is bfloat16, unless fp32 is twice as fast here.
         device: The device to run on; auto is CUDA when there is one.
     """
+    if (data_directory is None) == (tasks is None):
+        raise ValueError("a data directory or --tasks expected, got both or neither")
+    if data_directory is not None:
+        _print_perplexity(
+            model, data_directory, (seq_len, packing), max_tokens, (dtype, device, frozen)
+        )
+        return
+    from llamapro.eval.endpoint import Endpoint
+    from llamapro.eval.evaluate import Evaluation, results_table
+    from llamapro.eval.evaluate import evaluate as by_benchmarks
+    from llamapro.eval.tasks import names_of
+
+    asked = Evaluation(
+        names=names_of(tasks),
+        data_root=data_root,
+        limit=limit,
+        rows=batch_size,
+        samples=samples,
+        temperature=temperature,
+        allow_unsafe=allow_unsafe,
+        judge=Endpoint(judge, judge_model) if judge else None,
+        feedback=feedback,
+    )
+    read_config(model)
+    asked.check(model, out)
+    print(results_table(by_benchmarks(_load(model, dtype, device, frozen), model, asked, out)))
+
+
+def _print_perplexity(model, data_directory, layout, max_tokens, loaded) -> None:
     vocab = read_config(model).vocab_size
     check_tokenizer(data_directory, model)
-    rows = open_rows(data_directory, "heldout", vocab, seq_len, packing)
+    rows = open_rows(data_directory, "heldout", vocab, *layout)
     evenly_spaced_indices(rows, max_tokens)  # a bad number is refused before the model is loaded
-    result = perplexity(_load(model, dtype, device, frozen), rows, max_tokens)
+    result = perplexity(_load(model, *loaded), rows, max_tokens)
     if not math.isfinite(result["perplexity"]):  # JSON has no word for it
         raise FloatingPointError(f"a finite perplexity expected, got {result}")
     print(json.dumps(result))
@@ -395,36 +448,6 @@ COMMANDS = {
     "plan": plan,
     "report": report,
 }
-
-
-def with_config_file(args: list[str]) -> list[str]:
-    """The words of `llamapro train` with the options of the file that --config names, but for those
-    that stand on the command line."""
-    at = next((i for i, word in enumerate(args) if word.split("=")[0] == "--config"), None)
-    if args[:1] != ["train"] or at is None:
-        return args
-    _, inline, path = args[at].partition("=")
-    rest = args[at + 1 :] if inline else args[at + 2 :]
-    if not inline:
-        path = "".join(args[at + 1 : at + 2])
-    given = {word[2:].split("=")[0].replace("-", "_") for word in args if word[:2] == "--"}
-    return ["train", *options_in(path, leave_out=given), *args[1:at], *rest]
-
-
-@contextmanager
-def said_in_one_line():
-    """End the process with a message, and no traceback, for what a user can mend."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("llamapro").setLevel(logging.INFO)
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt) as stop:
-        print(str(stop) or "stopped", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, ImportError) as error:
-        sys.exit(f"llamapro: {one_line(error)}")
-    except MemoryError as error:
-        sys.exit(f"llamapro: out of memory {one_line(error)}")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from llamapro.cli import said_in_one_line
+from llamapro.command_line import said_in_one_line
 from llamapro.data.prepare import prepare
 from llamapro.expansion import expand_checkpoint
 from llamapro.hardware import environment

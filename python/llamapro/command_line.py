@@ -1,0 +1,39 @@
+"""What every command's words go through, and what becomes of its errors."""
+
+import logging
+import sys
+from contextlib import contextmanager
+
+from llamapro.storage import one_line
+from llamapro.train.config import options_in
+from llamapro.train.stopping import Interrupted
+
+
+def with_config_file(args: list[str]) -> list[str]:
+    """The words of `llamapro train` with the options of the file that --config names, but for those
+    that stand on the command line."""
+    at = next((i for i, word in enumerate(args) if word.split("=")[0] == "--config"), None)
+    if args[:1] != ["train"] or at is None:
+        return args
+    _, inline, path = args[at].partition("=")
+    rest = args[at + 1 :] if inline else args[at + 2 :]
+    if not inline:
+        path = "".join(args[at + 1 : at + 2])
+    given = {word[2:].split("=")[0].replace("-", "_") for word in args if word[:2] == "--"}
+    return ["train", *options_in(path, leave_out=given), *args[1:at], *rest]
+
+
+@contextmanager
+def said_in_one_line():
+    """End the process with a message, and no traceback, for what a user can mend."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("llamapro").setLevel(logging.INFO)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, ImportError) as error:
+        sys.exit(f"llamapro: {one_line(error)}")
+    except MemoryError as error:
+        sys.exit(f"llamapro: out of memory {one_line(error)}")

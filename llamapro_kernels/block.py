@@ -61,7 +61,7 @@ from llamapro_kernels.rope import check_constant, check_tables
 
 Cache = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 RECOMPUTE = ("none", "mlp", "block")
-ops = torch.ops.llamapro
+ops = library.ops
 
 
 class Settings(NamedTuple):

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import torch
 from torch.autograd import forward_ad
@@ -21,7 +22,12 @@ from llamapro_kernels.flops import register_flop_formula
 BACKENDS = ("triton", "cpp", "reference")  # in order of preference
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 _namespace = torch.library.Library("llamapro", "DEF")
+# torch.ops.llamapro for callers that take no derivative of a single op: the same functions, without
+# the 50 microseconds of the dispatcher where it would do nothing.
+ops = SimpleNamespace()
 _ops: dict[str, "Op"] = {}
 # Process-wide, not a context variable: autograd runs backward in threads of its own. The last
 # one counts; each `use_backend` takes its own entry away, in whatever order threads leave.
@@ -108,12 +114,35 @@ def define(
         qualified = name if kind == "forward" else f"{name}_{kind}"
         _namespace.define(qualified + schema, tags=torch.Tag.pt2_compliant_tag)
         check, fake = checks[kind], fakes[kind]
-        _namespace.impl(qualified, op._router(kind, check), "CompositeExplicitAutograd")
+        router, registered = op._router(kind, check), getattr(torch.ops.llamapro, qualified)
+        _namespace.impl(qualified, router, "CompositeExplicitAutograd")
+        setattr(ops, qualified, _shortcut(router, registered))
         checked = functools.partial(_checked, check, fake)
         torch.library.register_fake(f"llamapro::{qualified}", checked, lib=_namespace)
         if flops:
-            register_flop_formula(getattr(torch.ops.llamapro, qualified), flops[kind])
+            register_flop_formula(registered, flops[kind])
     return op
+
+
+def _shortcut(router, registered):
+    def call(*args):
+        if torch.compiler.is_compiling() or _for_dispatcher(args):
+            return registered(*args)
+        return router(*args)
+
+    return call
+
+
+def _for_dispatcher(args) -> bool:
+    """Whether somebody listens: autograd, a mode, a transform, the profiler, a tensor of another
+    class or without memory."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(a, torch.Tensor) and (type(a) not in PLAIN or a.is_meta) for a in args)
+    )
 
 
 def _checked(check, function, *args):

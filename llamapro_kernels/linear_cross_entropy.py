@@ -37,7 +37,7 @@ from llamapro_kernels.matmul import add_matmul, pieces
 from llamapro_kernels.quantize import E4M3
 
 REDUCTIONS = ("none", "mean", "sum")
-ops = torch.ops.llamapro
+ops = library.ops
 
 
 def linear_cross_entropy_reference(

@@ -31,7 +31,7 @@ from llamapro_kernels.linear_head import chunk_tokens, logits_by_chunk, scaled
 from llamapro_kernels.matmul import add_matmul, matmul, pieces
 
 REDUCTIONS = ("none", "mean", "sum")
-ops = torch.ops.llamapro
+ops = library.ops
 
 
 def linear_kl_divergence_reference(

@@ -11,6 +11,7 @@ each into its columns of y. Under torch.compile, which cannot look at memory, al
 
 import torch
 
+from llamapro_kernels import library
 from llamapro_kernels.frozen import FrozenMatrix
 from llamapro_kernels.matmul import linear, matmul
 from llamapro_kernels.quantize import QuantizedRows
@@ -18,7 +19,7 @@ from llamapro_kernels.quantize import QuantizedRows
 Matrix = torch.Tensor | FrozenMatrix
 Weight = Matrix | tuple[Matrix, ...]
 Operand = torch.Tensor | QuantizedRows
-ops = torch.ops.llamapro
+ops = library.ops
 
 
 def project(

@@ -150,3 +150,47 @@ def test_flops_are_counted_whoever_is_imported_first(first):
     print(counter.get_total_flops())
     """
     assert python(code, LLAMAPRO_TRITON="").stdout.split() == ["96"]
+
+
+def test_the_shortcut_past_the_dispatcher_is_taken_only_where_nobody_listens(monkeypatch):
+    """Autograd, modes, the profiler and tensors without memory are served by the registered op."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    routed = []
+    check = library._for_dispatcher
+
+    def noted(args):
+        routed.append(check(args))
+        return routed[-1]
+
+    monkeypatch.setattr(library, "_for_dispatcher", noted)
+
+    class Listens(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen += function.name() == "llamapro::rms_norm"
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        plain = library.ops.rms_norm(x, weight, 1e-5)
+        assert routed == [False]
+        for way, both in zip(plain, torch.ops.llamapro.rms_norm(x, weight, 1e-5), strict=True):
+            assert torch.equal(way, both)
+        with Listens() as mode:
+            library.ops.rms_norm(x, weight, 1e-5)
+        assert mode.seen == 1
+        with torch.profiler.profile() as profiler:
+            library.ops.rms_norm(x, weight, 1e-5)
+        assert any(event.name == "llamapro::rms_norm" for event in profiler.events())
+        assert library.ops.rms_norm(x.to("meta"), weight.to("meta"), 1e-5)[0].is_meta
+        fake = FakeTensorMode()
+        with fake:
+            found = library.ops.rms_norm(torch.empty(3, 8), torch.ones(8), 1e-5)[0]
+        assert type(found) is FakeTensor
+        found = library.ops.rms_norm(fake.from_tensor(x), fake.from_tensor(weight), 1e-5)[0]
+        assert type(found) is FakeTensor
+    assert library.ops.rms_norm(x.requires_grad_(), weight, 1e-5)[0].requires_grad
+    assert routed == [False] + [True] * 6

@@ -115,16 +115,17 @@ def _check_alike(found: list[Evaluation]) -> None:
     questions there are, are the same."""
     first: dict[tuple[str, str], tuple[Path, object]] = {}
     for evaluation in found:
-        said = {("evaluations", name): getattr(evaluation, name) for name in ("dtype", "limit")}
+        said = {("", name): getattr(evaluation, name) for name in ("dtype", "limit")}
         for name, score in evaluation.scores.items():
             alike = ("shots", "metric", "questions")
             said |= {(name, setting): getattr(score, setting) for setting in alike}
         for (name, setting), value in said.items():
             file, expected = first.setdefault((name, setting), (evaluation.file, value))
             if value != expected:
+                place = f"{shown(name)}: " if name else ""
                 raise ValueError(
-                    f"{evaluation.file}: {shown(name)} with {setting} {shown(expected)} expected,"
-                    f" as in {file}, got {shown(value)}"
+                    f"{evaluation.file}: {place}{setting} {shown(expected)} expected, as in {file},"
+                    f" got {shown(value)}"
                 )
 
 

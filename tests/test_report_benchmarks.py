@@ -212,6 +212,8 @@ def test_a_run_whose_metrics_are_no_file_is_refused(finished, tmp_path):
         ("other", ARC, {}, "an evaluation of one of 2 models, .* is 0 of them"),
         ("run", {"wikitext": (20.5, 0.1)}, {}, "an accuracy from 0 to 1 in 'wikitext' expected.*"),
         ("run", ARC, {"dtype": "x"}, r"config: dtype of \('bfloat16', 'float32'\) expected, .*"),
+        ("run", {"a\nb": (0.5, 0.1)}, {}, r"an accuracy from 0 to 1 in 'a\\nb' expected.*"),
+        ("run", ARC, {"fingerprint": "\0"}, r"config: fingerprint expected, got '\\x00'"),
         ("run", ARC, {"fingerprint": 3}, "config: fingerprint expected, got 3"),
     ],
 )

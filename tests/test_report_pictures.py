@@ -27,6 +27,12 @@ def test_each_run_has_a_point_for_what_it_learnt_and_lost(axis):
     assert {*line.get_ydata()} == {0.05} and axis.yaxis_inverted()
 
 
+def test_ticks_say_where_they_are(axis):
+    _draw_lost(axis, [{"model": "a", "learnt": 0.1, "lost": 0.012}], 0.05)
+    axis.set_yticks([0.0, 0.025, 0.05])
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0.0%", "2.5%", "5.0%"]
+
+
 def test_changes_of_benchmarks_have_bars_of_two_standard_errors(axis):
     _draw_changes(axis, RUNS)
     (bars,) = axis.containers

@@ -27,6 +27,13 @@ def _pyplot():
     return pyplot
 
 
+def _percent():
+    """With as many digits as tell the ticks apart."""
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1)
+
+
 def _draw_losses(axis, runs: list[dict]) -> None:
     for run in runs:
         taken = [m for m in run["metrics"] if "loss" in m]
@@ -63,7 +70,7 @@ def _draw_lost(axis, figures: list[dict], limit: float) -> None:
     line = {"color": "0.6", "linestyle": "--", "linewidth": 1}
     axis.axhline(limit, **line, label=f"kept: at most {limit:.0%} lost")
     axis.invert_yaxis()
-    axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.yaxis.set_major_formatter(_percent())
     axis.set(ylabel="lost of what the base knew", title="domain gain against general loss")
 
 
@@ -100,7 +107,7 @@ def draw_frontier(figures: list[dict], path: Path, limit: float) -> bool:
     for axis, fill in zip(axes[0], panels, strict=True):
         axis.plot(0, 0, "o", color="0.6", label="base")
         fill(axis)
-        axis.xaxis.set_major_formatter("{x:.0%}")
+        axis.xaxis.set_major_formatter(_percent())
         axis.margins(0.15)
         axis.set(xlabel="learnt: fall of perplexity on the domain")
         axis.spines[["top", "right"]].set_visible(False)

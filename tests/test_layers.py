@@ -12,18 +12,8 @@ ANYWHERE = {"storage", "hardware", "markdown"}
 LAYERS = [
     *("architectures", "config", "placement", "model_files", "tokenizer", "hf", "generate"),
     *("frozen", "model", "proof", "decoder", "expansion", "new_block_files", "new_blocks"),
-    *(
-        "planner",
-        "data",
-        "eval",
-        "train",
-        "report",
-        "chat",
-        "command_line",
-        "cli",
-        "__main__",
-        "integrations",
-    ),
+    *("planner", "data", "eval", "train", "report_benchmarks", "report_pictures", "report"),
+    *("chat", "command_line", "cli", "__main__", "integrations"),
 ]
 INSIDE = {
     "data": [

@@ -63,6 +63,14 @@ def test_a_half_line_that_could_not_be_taken_back_is_overwritten(tmp_path):
     assert steps(path) == [3]
 
 
+def test_only_a_regular_file_is_read(tmp_path):
+    """A device that ends stands for one that does not."""
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: a regular file expected, got a device"):
+        Metrics(path).read()
+
+
 def test_a_run_without_its_metrics_file_goes_on(config, monkeypatch):
     def refuse(path, *arguments, **options):
         raise PermissionError(13, "Permission denied", str(path))

@@ -145,12 +145,19 @@ def write_a_list(file):
     file.write_text("[]")
 
 
+def write_a_long_header(file):
+    header = json.dumps({"x": {"dtype": "x" * 5000, "shape": [], "data_offsets": [0, 0]}}).encode()
+    tensors = file.with_name("state.safetensors")
+    tensors.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
         (flip_a_moment, r"state\.safetensors: the digest of \S+ was \w+, is \w+"),
         (change_random_state, r"state\.json: the digest \w+ expected, got \w+"),
         (write_a_list, r"\S+state\.json: a JSON object expected, got list"),
+        (write_a_long_header, r"Error while deserializing header: .{,1000} \.\.\."),
     ],
 )
 def test_a_changed_checkpoint_is_refused_and_the_one_before_offered(
@@ -186,6 +193,17 @@ def test_a_resumed_run_notices_another_configuration(config, setting, value):
     message = f"expanded differs from the run's: {setting} was .*, is {value}"
     with pytest.raises(ValueError, match=message):
         train(config, resume=True)
+
+
+@pytest.mark.parametrize("setting", ["model", "data", "evaluate"])
+def test_settings_with_a_path_of_any_length_are_others_in_a_short_message(config, setting):
+    train(config)
+    file = Path(config.out) / "config.json"
+    long = {"model": "x" * 5000, "data": ["x" * 5000], "evaluate": {"y": "x" * 5000}}[setting]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: long}))
+    with pytest.raises(ValueError, match=f"a resumed run keeps its settings: {setting} was") as got:
+        train(config, resume=True)
+    assert len(str(got.value)) < 2000
 
 
 def remove(lines):

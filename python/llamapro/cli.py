@@ -417,8 +417,9 @@ def report(
     out: Path,
     max_tokens: int = 16384,
     prompt: str = report_module.PROMPT,
+    evaluations: tuple[Path, ...] = (),
 ) -> None:
-    """Compare a base with the finished runs that started from it: report.md and report.png.
+    """Compare a base with the finished runs that started from it: report.md and its pictures.
 
     Args:
         base: The Hugging Face model directory that the runs started from.
@@ -426,8 +427,10 @@ def report(
         out: The new directory that the report is written to.
         max_tokens: How many tokens of each held-out set are measured.
         prompt: The text that every model continues.
+        evaluations: Files with evaluations of these models by benchmarks.
     """
-    print(report_module.report(base, runs, out, max_tokens=max_tokens, prompt=prompt))
+    options = {"max_tokens": max_tokens, "prompt": prompt, "evaluations": evaluations}
+    print(report_module.report(base, runs, out, **options))
 
 
 def _load(model: Path, dtype: str, device: str, frozen: str) -> Llama:

@@ -136,6 +136,11 @@ def fingerprint(model: Llama) -> dict[str, str]:
     return {**settings(model.config), **digests(frozen)}
 
 
+def whole_fingerprint(model: Llama) -> str:
+    """A hash of all that a model computes with."""
+    return combined({**settings(model.config), **digests(stock_tensors(model))})
+
+
 def settings(config: LlamaConfig) -> dict[str, str]:
     """Each setting that is computed with, as JSON, by name."""
     used = {name: value for name, value in asdict(config).items() if name not in UNUSED}

@@ -1,4 +1,4 @@
-"""What a run gained and what it kept, as one Markdown page and one picture."""
+"""What a run gained and what it kept, as one Markdown page with pictures."""
 
 import json
 import math
@@ -16,7 +16,9 @@ from llamapro.hf import Checkpoint
 from llamapro.markdown import table
 from llamapro.model import Llama
 from llamapro.proof import frozen_verdict, same_bytes
-from llamapro.storage import new_directory, read_json, write_json
+from llamapro.report_benchmarks import add_scores, benchmarks, read_evaluations, scores_of
+from llamapro.report_pictures import draw, draw_frontier
+from llamapro.storage import check_regular, new_directory, read_json, write_json
 from llamapro.tokenizer import encode, load_tokenizer
 from llamapro.train.config import KEPT, as_options, held_out_sets
 from llamapro.train.keep import lost
@@ -24,20 +26,30 @@ from llamapro.train.run import BEFORE
 
 NAMES = {"new_blocks": "expanded, new blocks trained", "all": "full fine-tuning"}
 PROMPT = "def read_lines(path):\n"
+FRONTIER = "report-frontier.png"
 LOST = 0.05  # of a rise of perplexity: above it, the verdict is no longer "kept"
 
 
 def report(
-    base, runs, out, *, max_tokens: int = 16384, prompt: str = PROMPT, notes: str = ""
+    base,
+    runs,
+    out,
+    *,
+    max_tokens: int = 16384,
+    prompt: str = PROMPT,
+    notes: str = "",
+    evaluations=(),
 ) -> Path:
-    """Measure the base and every run's final model, and write report.md, report.png and report.json
-    to `out`.
+    """Measure the base and every run's final model, and write report.md, its pictures and
+    report.json to `out`.
 
     base: model directory. runs: finished run directories; the held-out sets, sequence length and
-    dtype are those of the first. max_tokens: of each held-out set. Every figure is measured here
-    or read from the run's own files.
+    dtype are those of the first. max_tokens: of each held-out set. evaluations: files that
+    `llamapro.eval.evaluate` wrote of these models. Every figure is measured here or read from the
+    run's own files and these.
     Raises, before anything is measured, FileExistsError when `out` exists, FileNotFoundError for
-    an unfinished run, and ValueError for a run of another base.
+    an unfinished run, and ValueError for a run of another base or evaluations that are not of
+    these models or not comparable.
     """
     if not runs or max_tokens < 1:
         raise ValueError(f"a run and a token of each set expected, got {len(runs)}, {max_tokens}")
@@ -46,15 +58,25 @@ def report(
         for run in runs:
             _check_base(base, run)
         encode_prompt(base, prompt)
+        evaluations = read_evaluations(evaluations)
+        models = [Path(base), *(run["path"] / "final" for run in runs)]
+        scores = scores_of(models, evaluations)
         sets, says = _sets(runs), {}
         how = (runs[0]["config"], sets, max_tokens, prompt)
-        rows = [{"name": "base", "path": Path(base), **_measure(base, *how, says)}]
-        for name, run in zip(_names(runs), runs, strict=True):
-            final = run["path"] / "final"
-            rows.append({"name": name, **run, "path": final, **_measure(final, *how, says)})
-        _draw(rows, directory / "report.png")
+        known = [{"name": "base"}]
+        known += [{"name": name, **run} for name, run in zip(_names(runs), runs, strict=True)]
+        rows = [
+            {**row, "path": path, **_measure(path, *how, says)}
+            for row, path in zip(known, models, strict=True)
+        ]
+        draw(rows, directory / "report.png")
         figures = [_figures(row, rows[0], sets) for row in rows]
-        page = _page(rows, figures, max_tokens, prompt, notes)
+        add_scores(figures, scores)
+        more = benchmarks(figures, evaluations)
+        if draw_frontier(figures, directory / FRONTIER, LOST):
+            more += ["", f"![what was learnt against what was lost]({FRONTIER})"]
+        commands = _commands(rows, evaluations, max_tokens, prompt)
+        page = _page(rows, figures, [*more, *([] if not notes else ["", notes]), *commands], prompt)
         (directory / "report.md").write_text(page, encoding="utf-8")
         write_json(directory / "report.json", figures)
     return Path(out) / "report.md"
@@ -65,6 +87,7 @@ def _read_run(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: a finished run expected, got no summary.json")
     try:
         summary = read_json(path / "summary.json")
+        check_regular(path / "metrics.jsonl")  # a device may have no end
         lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
     except ValueError as error:
@@ -166,7 +189,7 @@ def encode_prompt(model_path, prompt: str):
     return tokenizer, ids
 
 
-def _page(rows: list[dict], figures: list[dict], max_tokens: int, prompt: str, notes: str) -> str:
+def _page(rows: list[dict], figures: list[dict], more: list[str], prompt: str) -> str:
     base, runs = rows[0], rows[1:]
     config = runs[0]["config"]
     sets = list(base["perplexity"])
@@ -182,7 +205,6 @@ def _page(rows: list[dict], figures: list[dict], max_tokens: int, prompt: str, n
         *details(figures),
     ]
     counts = ", ".join(f"{base['perplexity'][name]['tokens']} tokens of {name}" for name in sets)
-    places = [base["path"], *(run["path"].parent for run in runs)]
     lines += [
         "",
         f"Perplexity on {counts}, held out by file, in rows of {config['seq_len']}; the change is"
@@ -192,21 +214,24 @@ def _page(rows: list[dict], figures: list[dict], max_tokens: int, prompt: str, n
         " the files.",
         "",
         "![training loss and perplexity](report.png)",
-        *([] if not notes else ["", notes]),
-        "",
-        "## Commands",
-        "```",
-        *(shlex.join(command(run["config"])) for run in runs),
-        shlex.join(["llamapro", "report", *map(str, places), "--out", "OUT"])
-        + f" --max-tokens {max_tokens}"
-        + ("" if prompt == PROMPT else f" --prompt {shlex.quote(prompt)}"),
-        "```",
+        *more,
         "",
         f"## Greedy continuation of `{prompt.strip()}`",
     ]
     for row in rows:
         lines += ["", f"{row['name']}:", "```python", row["continuation"], "```"]
     return "\n".join(lines) + "\n"
+
+
+def _commands(rows: list[dict], evaluations, max_tokens: int, prompt: str) -> list[str]:
+    """The section with the command lines of the runs and of the report."""
+    base, *runs = rows
+    places = [base["path"], *(run["path"].parent for run in runs)]
+    words = ["llamapro", "report", *places, "--out", "OUT", "--max-tokens", max_tokens]
+    words += [] if prompt == PROMPT else ["--prompt", prompt]
+    words += ["--evaluations", *(e.file for e in evaluations)] if evaluations else []
+    commands = [*(command(run["config"]) for run in runs), words]
+    return ["", "## Commands", "```", *(shlex.join(map(str, c)) for c in commands), "```"]
 
 
 def _same_data(runs: list[dict]) -> str:
@@ -279,49 +304,3 @@ def details(figures: list[dict]) -> list[str]:
 def command(config: dict) -> list[str]:
     """The command line of a run, as words: what differs from the defaults."""
     return ["llamapro", "train", *as_options(config)]
-
-
-def _draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    _draw_losses(left, rows[1:])
-    _draw_perplexities(right, rows)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _draw_losses(axis, runs: list[dict]) -> None:
-    for run in runs:
-        taken = [m for m in run["metrics"] if "loss" in m]
-        steps, losses = [m["step"] for m in taken], [m["loss"] for m in taken]
-        (line,) = axis.plot(steps, losses, alpha=0.3, linewidth=1)
-        last = (losses[max(0, i - 9) : i + 1] for i in range(len(losses)))
-        smooth = [sum(few) / len(few) for few in last]
-        marker = "." if len(steps) < 10 else None
-        axis.plot(steps, smooth, color=line.get_color(), marker=marker)
-    axis.set(xlabel="step", ylabel="loss, nats per token", title="training loss (mean of 10 steps)")
-    axis.set_xlim(left=0)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _draw_perplexities(axis, rows: list[dict]) -> None:
-    sets = list(rows[0]["perplexity"])
-    width = 0.8 / len(rows)
-    upright = len(rows) * len(sets) > 8  # side by side the numbers would not have room
-    for i, row in enumerate(rows):
-        values = [row["perplexity"][name]["perplexity"] for name in sets]
-        places = [j + (i - (len(rows) - 1) / 2) * width for j in range(len(sets))]
-        color = "0.6" if i == 0 else f"C{i - 1}"
-        bars = axis.bar(places, values, width * 0.94, color=color, label=row["name"])
-        axis.bar_label(bars, fmt="%.2f", fontsize=8, rotation=90 if upright else 0, padding=2)
-    axis.margins(y=0.25 if upright else 0.05)
-    slant = 20 if sum(map(len, sets)) > 40 else 0
-    axis.set_xticks(range(len(sets)), sets, rotation=slant, ha="right" if slant else "center")
-    axis.set(ylabel="perplexity", title="held-out perplexity, lower is better")

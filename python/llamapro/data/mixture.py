@@ -1,6 +1,7 @@
 """Several corpora, drawn by weight."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +42,7 @@ def _weighted(text: str) -> tuple[str, float]:
 def absolute(data) -> list[str]:
     """The same corpora by the whole paths of directories that are there."""
     found = corpora(data).values()
-    whole = [str(Path(path).resolve()) if Path(path).exists() else path for path, _ in found]
+    whole = [str(Path(path).resolve()) if os.path.exists(path) else path for path, _ in found]
     weights = [weight for _, weight in found]
     return [
         path if weight == 1 else f"{path}={weight}"

@@ -20,8 +20,8 @@ from llamapro.eval.records import check_limit
 from llamapro.generate import check_sampling
 from llamapro.hardware import environment
 from llamapro.markdown import table
-from llamapro.model import Llama, stock_tensors
-from llamapro.proof import combined, digests, settings
+from llamapro.model import Llama
+from llamapro.proof import whole_fingerprint
 from llamapro.storage import read_json, write_json, write_text
 
 SEED = 1234  # of examples, and of what tasks shuffle: lm-eval's
@@ -127,10 +127,9 @@ def evaluate(model: Llama, path: Path, asked: Evaluation, out: Path | None = Non
 
 
 def _config(model, path, asked) -> dict:
-    whole = {**settings(model.config), **digests(stock_tensors(model))}
     return {
         "model": str(path),
-        "fingerprint": combined(whole),
+        "fingerprint": whole_fingerprint(model),
         "dtype": str(model.norm.dtype).removeprefix("torch."),
         "device": model.norm.device.type,
         "limit": asked.limit,

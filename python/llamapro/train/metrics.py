@@ -98,9 +98,10 @@ class Metrics:
             self._remember(record)
 
     def read(self) -> list[dict]:
-        """The whole lines of the file."""
+        """The whole lines of the file. Raises ValueError for what is no regular file."""
         if not self.path.exists():
             return []
+        storage.check_regular(self.path)  # a device may have no end
         text = self.path.read_text(encoding="utf-8", errors="replace")
         records = map(_record, text.splitlines(keepends=True))
         return [record for record in records if record]

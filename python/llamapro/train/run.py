@@ -246,13 +246,14 @@ def settings(run) -> dict:
 
 
 def _whole(config):
-    """With absolute paths of the directories that are there: a run may go on from anywhere."""
+    """With absolute paths of the directories that are there: a run may go on from anywhere. A path
+    that no file system takes is one that is not there."""
     return replace(config, **_whole_paths(asdict(config)))
 
 
 def _whole_paths(settings: dict) -> dict:
     def whole(path):
-        return str(Path(path).resolve()) if Path(path).exists() else path
+        return str(Path(path).resolve()) if os.path.exists(path) else path
 
     evaluate = {name: whole(path) for name, path in settings["evaluate"].items()}
     model, data = whole(settings["model"]), absolute(settings["data"])
@@ -272,7 +273,8 @@ def _check_same(config, started: dict) -> None:
         if name not in MAY_DIFFER and then.get(name) != now[name]
     ]
     if changed:
-        raise ValueError(f"{config.out}: a resumed run keeps its settings: {'; '.join(changed)}")
+        said = storage.one_line("; ".join(changed))
+        raise ValueError(f"{config.out}: a resumed run keeps its settings: {said}")
 
 
 def checkpoints(run) -> list[Path]:
@@ -312,7 +314,8 @@ def _read(saved: list[Path], shapes: dict[str, tuple]) -> tuple[dict, dict[str, 
         return state, tensors
     except (OSError, ValueError, SafetensorError) as error:
         instead = f"go on from {saved[-2].name}" if len(saved) > 1 else "start anew"
-        raise CheckpointError(f"{folder} is damaged: {error}; remove it to {instead}") from None
+        said = storage.one_line(error)
+        raise CheckpointError(f"{folder} is damaged: {said}; remove it to {instead}") from None
 
 
 def _check_digest(state) -> None:

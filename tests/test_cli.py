@@ -18,6 +18,7 @@ from llamapro.train import TrainConfig
 tyro = pytest.importorskip("tyro")
 cli = pytest.importorskip("llamapro.cli")
 command_line = pytest.importorskip("llamapro.command_line")
+inference = pytest.importorskip("llamapro.inference")
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_a_report_that_cannot_be_is_refused_before_anything_is_measured(
 
 @pytest.mark.parametrize("prompt", ["", "\udcff"])
 def test_prompts_that_are_no_text(run, smollm2, prompt, monkeypatch):
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(inference, "_load", None)
     code, _ = run("generate", smollm2, prompt)
     assert code.startswith("llamapro: a prompt ")
 

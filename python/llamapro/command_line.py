@@ -3,10 +3,23 @@
 import logging
 import sys
 from contextlib import contextmanager
+from typing import Annotated
+
+try:
+    import tyro
+except ImportError:
+    sys.exit(
+        'llamapro\'s command line needs the "train" extra: pip install "llamapro-kernels[train]"'
+    )
 
 from llamapro.storage import one_line
 from llamapro.train.config import options_in
 from llamapro.train.stopping import Interrupted
+
+
+def positional(kind, name: str):
+    """An argument without a name, which help calls `name`."""
+    return tyro.conf.Positional[Annotated[kind, tyro.conf.arg(metavar=name)]]
 
 
 def with_config_file(args: list[str]) -> list[str]:

@@ -49,7 +49,7 @@ def refused(*words):
 def test_a_table_and_a_file_of_lm_evals_form(path, root, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out.json"
     names = "arc_challenge,mmlu,humaneval"
-    asked = ["eval", path, "--tasks", names, "--data-root", root, "--limit", 3, "--out", out]
+    asked = ["eval", path, "--tasks", names, "--data-root", root, "--limit", 2, "--out", out]
     printed = run(capsys, *asked, "--dtype", "float32")
     found = json.loads(out.read_text())
     assert [*found["seconds"]] == names.split(",")
@@ -57,10 +57,11 @@ def test_a_table_and_a_file_of_lm_evals_form(path, root, tmp_path, capsys):  # n
     assert found["n-shot"] == {"arc_challenge": 25, "mmlu": 5, "humaneval": 0} | {
         name: 5 for name in found["n-shot"] if name.startswith("mmlu_")
     }
-    assert found["n-samples"]["mmlu"] == 3  # one of each of three subjects
+    assert found["n-samples"]["mmlu"] == 2  # one of each of two subjects, none of the third
+    assert 0 <= found["results"]["mmlu"]["acc"] <= 1
     assert found["results"]["humaneval"]["pass@1"] == 0.0
     lines = (tmp_path / "out.humaneval.jsonl").read_text().splitlines()
-    assert [json.loads(line)["task_id"] for line in lines] == [f"HumanEval/{i}" for i in range(3)]
+    assert [json.loads(line)["task_id"] for line in lines] == [f"HumanEval/{i}" for i in range(2)]
     rows = cells(printed)
     assert rows[0] == ["benchmark", "shots", "metric", "value", "questions", "s"]
     assert [row[:3] for row in rows[2:]] == [
@@ -68,8 +69,8 @@ def test_a_table_and_a_file_of_lm_evals_form(path, root, tmp_path, capsys):  # n
         ["mmlu", "5", "acc"],
         ["humaneval", "0", "pass@1"],
     ]
-    assert [row[4] for row in rows[2:]] == ["3"] * 3
-    assert str(found["config"]["limit"]) == "3" and found["config"]["fingerprint"]
+    assert [row[4] for row in rows[2:]] == ["2"] * 3
+    assert str(found["config"]["limit"]) == "2" and found["config"]["fingerprint"]
 
 
 def test_what_a_file_has_is_not_evaluated_again(path, root, tmp_path, monkeypatch):  # noqa: F811

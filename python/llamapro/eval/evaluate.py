@@ -241,11 +241,14 @@ def ask(lm, name: str, data_root: Path | None, limit: int | None, samples: bool 
     random.seed(0)  # some tasks shuffle what they load
     np.random.seed(SEED)
     task = tasks.load(name, data_root)
+    asked = None if limit is None else first_questions(task, limit)
+    for leaf, places in (asked or {}).items():
+        if not places:  # no place at all means all of them to lm-eval
+            task.pop(leaf)
     loaded = TaskManager(include_defaults=False).load([task])
     for leaf in loaded["tasks"].values():
         leaf.set_config("num_fewshot", leaf.get_config("num_fewshot") or 0)
         leaf.set_fewshot_seed(SEED)
-    asked = None if limit is None else first_questions(task, limit)
     return evaluator.evaluate(lm, loaded, samples=asked, log_samples=samples)
 
 

@@ -225,7 +225,7 @@ def test_three_tasks_are_learnt_and_nothing_is_run_twice(config, monkeypatch):
 
 
 def _check_earlier_blocks_stay(config):
-    """The second task's model has two blocks more, which are new; all of the first one's is in it."""
+    """The second task's model has two blocks more, which are new, and all of the first one's."""
     finals = [config.out / f"expansion/{stage}/run/final" for stage in ("1-FOMC", "2-NumGLUE-cm")]
     configs = [Checkpoint(path).config for path in (config.model, *finals)]
     assert np.diff([c.num_hidden_layers for c in configs]).tolist() == [2, 2]

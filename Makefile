@@ -8,7 +8,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load -
 # what an import costs and registers.
 BY_EXTENSION := not composition and not transformers and not compile and not inductor and not import
 
-.PHONY: demo sweep keep test wheel sanitize bench lint
+.PHONY: demo sweep keep trace test wheel sanitize bench lint
 
 # The whole method on real input, to runs/demo/report; STEPS=200 makes it longer, in runs/demo-200.
 demo: .venv/installed
@@ -21,6 +21,11 @@ sweep: .venv/installed
 # What keeps a base, hours on a CPU; DATA names the folder with models/stories260K and text/legal.
 keep: .venv/installed
 	PYTHONPATH=python $(BIN)/python -m recipes.keep --data-root $(DATA)
+
+# TRACE's tasks, learnt one after the other, to runs/trace; DATA names the folder with trace/TASK,
+# MODEL the base (SmolLM2-135M by default), ARGS more options: ARGS="--tasks FOMC NumGLUE-cm".
+trace: .venv/installed
+	PYTHONPATH=python $(BIN)/python -m recipes.trace --data-root $(DATA) $(MODEL:%=--model %) $(ARGS)
 
 # Style; everything; the builds for lesser CPUs than this one; what runs without compiled ops; the
 # Triton kernels in their interpreter (on a GPU the first line runs them); the wheel; the sanitizers.

@@ -21,7 +21,8 @@ INSIDE = {
     ],
     "eval": [
         *("perplexity", "scoring", "completion", "harness", "tasks", "sandbox_init", "sandbox"),
-        *("code_shots", "code", "endpoint", "records", "dialogue", "graders", "mint", "evaluate"),
+        *("code_shots", "code", "endpoint", "records", "dialogue", "graders", "mint"),
+        *("trace", "evaluate"),
     ],
     "train": [
         *("trackers", "config", "prompts", "replay", "keep", "stopping", "optimizer"),

@@ -382,16 +382,18 @@ def decoder_block(
     # float: a default that Dynamo makes a symbol (dynamic=True) cannot enter the next block's node.
     settings = Settings(cos, sin, cu_seqlens, float(eps), window, recompute)
     (computed,) = library.in_autocast(x)
-    weights = mapped(lambda t: library.in_autocast(t)[0], weights)
+    if library.autocast_dtype(x.device.type) is not None:
+        weights = mapped(lambda t: library.in_autocast(t)[0], weights)
     check_dtypes(computed, weights)
     with library.without_autocast(x.device.type):
         return _run(computed, weights, settings, cache).to(x.dtype)
 
 
 def _run(x, weights, settings, cache):
+    if not torch.is_grad_enabled():
+        return _forward(x, weights, settings, cache)[0]
     flat, layout = flat_and_layout(weights)
-    tensors = (x, *(w for w in flat if w is not None))
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+    if not any(t.requires_grad for t in (x, *(w for w in flat if w is not None))):
         return _forward(x, weights, settings, cache)[0]
     if cache is not None:
         raise ValueError("there are no gradients through a cache: call under torch.no_grad()")

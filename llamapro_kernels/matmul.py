@@ -3,6 +3,7 @@
 PyTorch asks MKL in fp32 and oneDNN in 16 bits. Three rules differ from that, on a CPU alone:
 
 - fp32 on an AMD CPU comes from oneDNN, which PyTorch brings too: MKL uses no wide vectors there.
+  A small product stays with MKL, which begins sooner.
 - 16-bit operands are copied to fp32 where the CPU has no instruction that multiplies them, and the
   result is rounded once. Otherwise multiplications are emulated, at a fifth of the fp32 rate at
   best; the copies cost a tenth of the product.
@@ -20,6 +21,7 @@ from llamapro_kernels import cpu
 from llamapro_kernels.flops import register_flop_formula
 
 TILED = {torch.bfloat16} if cpu.BUILD == "amx" else set()
+ONEDNN_PAYS = 2**25  # multiplications: what has fewer MKL does as fast, and begins sooner
 PIECE = 8192  # columns of a product that are copied to where they belong while in the cache
 ADDED = 2**21  # numbers of a product that PyTorch rounds, copies to fp32 and adds at a time
 COPIED = 1024  # rows, columns and depth of what is in fp32 at a time: 4 MB an operand
@@ -92,7 +94,9 @@ def scaled_matmul(rows, values: torch.Tensor, scale: torch.Tensor) -> torch.Tens
 
 
 def _takes_onednn(a, b, bias=None):
-    if not MKL_IS_SLOW or a.dtype != torch.float32 or not _fits(a, b, bias):
+    if not MKL_IS_SLOW or a.dtype != torch.float32:
+        return False
+    if a.numel() * b.shape[-1] < ONEDNN_PAYS or not _fits(a, b, bias):
         return False
     return not torch.compiler.is_compiling()  # which chooses libraries itself
 

@@ -33,6 +33,7 @@ def machine(request, monkeypatch):
     monkeypatch.setattr(module, "ADDED", 5 * 24)
     monkeypatch.setattr(module, "COPIED", 8)
     monkeypatch.setattr(module, "ROWS", 4)
+    monkeypatch.setattr(module, "ONEDNN_PAYS", 0)
     torch.manual_seed(0)
     return request.param
 
@@ -110,9 +111,11 @@ class Asked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_library_asked(dtype, machine):
+@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
+def test_the_library_asked(dtype, machine, large, monkeypatch):
+    monkeypatch.setattr(module, "ONEDNN_PAYS", 8 * 8 * 8 + (not large))
     in_fp32 = dtype == torch.float32 or (dtype in SIXTEEN_BITS and "alone" in machine)
-    onednn = in_fp32 and "AMD" in machine
+    onednn = in_fp32 and "AMD" in machine and large
     tiles = "tiles" in machine and dtype == torch.bfloat16
     op = ONEDNN if onednn else TILES if tiles else MM
     with Asked() as asked:

@@ -113,7 +113,7 @@ def test_prompts_of_mbpp_and_gsm8k(root):
     shot = f"{task}def f():\n  return 1\n[DONE]\n\n"
     assert load("mbpp", root)[0].prompt == shot * 3 + task
     parts = load("gsm8k_pot", root)[0].prompt.split("Question: ")
-    assert len(parts) == 10 and parts[-1] == "How many?\n\ndef solution():\n"
+    assert len(parts) == 10 and parts[-1] == "How many?\n\ndef solution():"
     assert parts[1].startswith("Natalia sold clips to 48?\n\ndef solution():\n    clips_in_april")
 
 

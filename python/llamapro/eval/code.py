@@ -242,7 +242,7 @@ def _gsm8k(rows: list[dict], data_root: Path) -> list[Problem]:
         question = next((text for text in train if text.startswith(start)), None)
         if question is None:
             raise ValueError(f"{data_root}/gsm8k: a question expected that begins {start!r}")
-        shots += f"{_gsm8k_question(question)}{body}\n\n"
+        shots += f"{_gsm8k_question(question)}\n{body}\n\n"
     return [
         Problem(
             f"gsm8k/{number}",
@@ -256,7 +256,8 @@ def _gsm8k(rows: list[dict], data_root: Path) -> list[Problem]:
 
 
 def _gsm8k_question(question: str) -> str:
-    return f"Question: {question.strip()}\n\ndef solution():\n"
+    """Without the end of its last line: tokens of examples hold it together with what follows."""
+    return f"Question: {question.strip()}\n\ndef solution():"
 
 
 def _number(row: dict, number: int) -> float:

@@ -173,6 +173,16 @@ def test_a_row_that_lacks_a_field_is_refused_at_once(path, root, name):  # noqa:
             Evaluation((name,), root).check(path, None)
 
 
+def test_missing_rows_are_refused_at_once(path, root):  # noqa: F811
+    dev = root / "mmlu" / "dev.jsonl"
+    dev.write_text("".join(dev.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match="mmlu: 5 rows of virology in dev expected, got 4"):
+        Evaluation(("mmlu",), root).check(path, None)
+    write(root, "winogrande/validation", [])
+    with pytest.raises(ValueError, match=r"winogrande: rows of validation .* expected, got none"):
+        Evaluation(("winogrande",), root).check(path, None)
+
+
 def test_a_file_says_from_the_start_which_model_the_answers_beside_it_are_of(
     path,  # noqa: F811
     root,

@@ -100,17 +100,24 @@ def load(name: str, data_root: Path | None):
     if name != "mmlu":
         return _one(manager, {"task": name, **_local(benchmark, splits)})
     group = Group("mmlu", aggregate_metric_list=[AggMetricConfig("acc")])
-    for subject in dict.fromkeys(row["subject"] for row in splits["test"]):
-        own = {s: [r for r in rows if r["subject"] == subject] for s, rows in splits.items()}
+    for subject, own in _by_subject(splits).items():
         group.add(_one(manager, {"task": f"mmlu_{subject}", **_local(benchmark, own)}))
     return group
 
 
 def check_files(name: str, data_root: Path) -> None:
     """Raise FileNotFoundError where a data root lacks a file of a benchmark of lm-eval, ValueError
-    where a row lacks a field."""
-    if name in BENCHMARKS:
-        _splits(BENCHMARKS[name], Path(data_root))
+    where a row lacks a field, and where rows are missing."""
+    if name not in BENCHMARKS:
+        return
+    splits, shots = _splits(BENCHMARKS[name], Path(data_root)), BENCHMARKS[name].shots
+    for split, rows in splits.items():
+        if not rows:
+            raise ValueError(f"{name}: rows of {split} in {data_root} expected, got none")
+    for subject, own in _by_subject(splits).items() if name == "mmlu" else ():
+        if len(own["dev"]) < shots:
+            got = len(own["dev"])
+            raise ValueError(f"{name}: {shots} rows of {subject} in dev expected, got {got}")
 
 
 def _files(benchmark: Benchmark, data_root: Path) -> dict[str, list[Path]]:
@@ -130,6 +137,15 @@ def _splits(benchmark, data_root) -> dict[str, list[dict]]:
         split: [row for file in files for row in _rows(file, benchmark.fields)]
         for split, files in _files(benchmark, data_root).items()
     }
+
+
+def _by_subject(splits) -> dict[str, dict[str, list[dict]]]:
+    found = {row["subject"]: {split: [] for split in splits} for row in splits["test"]}
+    for split, rows in splits.items():
+        for row in rows:
+            if row["subject"] in found:
+                found[row["subject"]][split].append(row)
+    return found
 
 
 def _rows(file: Path, fields: tuple[str, ...]) -> Iterator[dict]:

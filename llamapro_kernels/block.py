@@ -159,9 +159,9 @@ def _attend(q, k, v, seen):
     The heads that share a key's are as queries of one head, so that PyTorch's fused kernels, which
     take a mask, need no copies of keys and values.
     """
-    if q.shape[1] != 1 or seen.shape != k.shape[:2]:
-        got = f"{tuple(q.shape)} and {tuple(seen.shape)}"
-        raise ValueError(f"one query a row and a mask (B, S) of its keys expected, got {got}")
+    if q.shape[1] != 1 or seen.shape != k.shape[:2] or seen.dtype != torch.bool:
+        got = f"{tuple(q.shape)} and {tuple(seen.shape)}, {seen.dtype}"
+        raise ValueError(f"one query a row and a bool mask (B, S) of its keys expected, got {got}")
     grouped = q.unflatten(2, (k.shape[2], -1)).squeeze(1)  # (B, Hkv, H / Hkv, D)
     o = torch.nn.functional.scaled_dot_product_attention(
         grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None]

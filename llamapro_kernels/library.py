@@ -139,6 +139,7 @@ def _for_dispatcher(args) -> bool:
     return (
         torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(isinstance(a, torch.Tensor) and (type(a) not in PLAIN or a.is_meta) for a in args)

@@ -89,6 +89,38 @@ def test_an_expanded_model_says_what_its_base_says_bit_for_bit(path, tmp_path):
         assert one == other
 
 
+def test_a_limit_below_the_members_of_nested_groups_leaves_the_others_out(
+    path, tmp_path, monkeypatch
+):
+    """lm-eval's own MMLU is a group of groups."""
+    from lm_eval.api.group import AggMetricConfig, Group
+
+    subjects = tasks.load("mmlu", data_root(tmp_path / "bench")).get_all_tasks()
+    outer = Group("outer", aggregate_metric_list=[AggMetricConfig("acc")])
+    for subject in subjects:
+        outer.add(inner := Group(f"of {subject.task_name}"))
+        inner.add(subject)
+    monkeypatch.setattr(tasks, "load", lambda name, root: outer)
+    found = ask(Harness(Llama.from_pretrained(path), path), "outer", None, 2)
+    asked = {name: said["effective"] for name, said in found["n-samples"].items()}
+    assert asked == {subject.task_name: 1 for subject in subjects[:2]}
+    assert found["results"]["outer"]["sample_len"] == 2
+
+
+def test_a_tag_stands_for_its_tasks_each_at_its_own_shots(monkeypatch):
+    manager = tasks._manager
+    arc = tasks.BENCHMARKS["arc_challenge"]
+    monkeypatch.setattr(tasks, "_manager", lambda benchmark: manager(arc))
+    assert tasks.names_of("gsm8k,ai2_arc,arc_easy") == ["gsm8k", "arc_challenge", "arc_easy"]
+
+
+@pytest.mark.parametrize("request_", [([], [5]), ([5], [])], ids=["context", "continuation"])
+def test_what_is_empty_has_no_score(path, request_):
+    model = Llama.from_pretrained(path)
+    with pytest.raises(ValueError, match=r"a token or more .* expected, got [01] and [01]"):
+        scoring.score(model, [([5, 6], [7]), request_])
+
+
 def test_shared_prefixes_are_computed_once(path, monkeypatch):
     model, passed = Llama.from_pretrained(path), []
     hidden = Llama.hidden

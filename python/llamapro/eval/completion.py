@@ -28,8 +28,9 @@ class Completer:
         return ChatTemplate.of(self.path)
 
     def complete(self, prompts: Sequence[str], *, max_new_tokens: int, **how) -> list[str]:
-        """What texts go on with, see `continued`."""
-        return self.continued([encode(self.tokenizer, p) for p in prompts], max_new_tokens, **how)
+        """What texts go on with, see `continued`; with a space where it begins with one."""
+        ids = [encode(self.tokenizer, prompt) for prompt in prompts]
+        return self.continued(ids, max_new_tokens, after=self._letter, **how)
 
     def answer(self, conversations: Sequence[list[dict]], *, max_new_tokens: int, **how):
         """The next messages of conversations, lists of {"role", "content"}, see `continued`."""
@@ -45,11 +46,13 @@ class Completer:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        after: Sequence[int] = (),
         tell=lambda count: None,
     ) -> list[str]:
         """What prompts of ids go on with, without special tokens, cut before the first of the
-        strings `stop`.
+        strings `stop`; empty ones are none.
 
+        after: ids that what is said is read after, since decoders take a space off the beginning.
         A prompt that leaves no room in the model's context loses its beginning. Raises ValueError
         where max_new_tokens fill the context by themselves.
         """
@@ -61,10 +64,12 @@ class Completer:
             )
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         cut = [prompts[place][max_new_tokens - context :] for place in order]
+        stop = [text for text in stop if text]
         longest = max((len(text.encode()) for text in stop), default=0)
 
         def ended(row, new):  # a token is a byte at least: what has just ended is in the last ones
-            tail = self._text(new[-longest - 2 :])
+            # With special tokens, as a stop such as <|im_end|> may be one.
+            tail = self.tokenizer.decode(new[-longest - 2 :], skip_special_tokens=False)
             return any(text in tail for text in stop)
 
         found = continue_all(
@@ -81,13 +86,19 @@ class Completer:
         )
         texts = [""] * len(prompts)
         for place, ids, row in zip(order, cut, found, strict=True):
-            texts[place] = cut_before(self._text(row[len(ids) :]), stop)
+            texts[place] = cut_before(self._text(row[len(ids) :], after), stop)
         return texts
 
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    @cached_property
+    def _letter(self) -> list[int]:
+        return self.tokenizer.encode("a", add_special_tokens=False).ids
+
+    def _text(self, ids: list[int], after: Sequence[int]) -> str:
+        before = self.tokenizer.decode(after, skip_special_tokens=True)
+        whole = self.tokenizer.decode([*after, *ids], skip_special_tokens=True)
+        return whole.removeprefix(before)
 
 
 def cut_before(text: str, stop: Sequence[str]) -> str:
     """A text up to the first of some strings, whole where there is none of them."""
-    return text[: min((at for at in map(text.find, filter(None, stop)) if at >= 0), default=None)]
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=None)]

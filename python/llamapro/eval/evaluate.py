@@ -22,10 +22,13 @@ from llamapro.hardware import environment
 from llamapro.markdown import table
 from llamapro.model import Llama
 from llamapro.proof import whole_fingerprint
-from llamapro.storage import read_json, write_json, write_text
+from llamapro.storage import read_json, shown, write_json, write_text
+from llamapro.tokenizer import load_tokenizer
 
 SEED = 1234  # of examples, and of what tasks shuffle: lm-eval's
 PASS_AT = (1, 10, 100)  # k, of as many samples or more
+PARTS = ("results", "n-shot", "n-samples", "versions", "seconds", "config")
+SAME = ("fingerprint", "dtype", "limit", "samples", "temperature")  # of a file that is gone on with
 FIRST = ("pass@1", "score", f"sr@{mint.TURNS}")
 log = logging.getLogger("llamapro")
 
@@ -53,8 +56,9 @@ class Evaluation:
 
     def check(self, path: Path, out: Path | None) -> None:
         """Raise what would come up later before the model, whose directory is `path`, is loaded:
-        ValueError for numbers that do not fit and for what is missing, FileNotFoundError for files
-        of the data root, EndpointError, IsolationError, and ImportError without the "eval" extra.
+        ValueError for numbers that do not fit, for what is missing, and for a file `out` of other
+        settings, FileNotFoundError for files of the data root, the tokenizer and the folder of
+        `out`, EndpointError, IsolationError, and ImportError without the "eval" extra.
         """
         check_limit(self.limit)
         check_sampling(self.temperature, 1.0)
@@ -63,12 +67,22 @@ class Evaluation:
             raise ValueError(f"batch_size and samples of at least 1 expected, got {got}")
         if self.samples > 1 and not self.temperature:
             raise ValueError(f"a temperature above 0 expected for {self.samples} samples, got 0")
-        from llamapro.eval import harness  # noqa: F401  # says what is missing
+        from llamapro.eval.harness import tokenizer_of  # says what is missing
 
+        if out:
+            _begun(out, self.settings())
+        load_tokenizer(path)
+        if not {*self.names} <= {*tasks.PROGRAMS, *tasks.DIALOGUES}:
+            tokenizer_of(path)
         for name in self.names:
             self._check_one(name, path, out)
         if self.judge is not None and {*self.names} & {*tasks.DIALOGUES}:
             self.judge.check()
+
+    def settings(self) -> dict:
+        """What results depend on, but for the model and for what is asked."""
+        names = ("limit", "samples", "temperature")
+        return {name: getattr(self, name) for name in names}
 
     def _check_one(self, name: str, path: Path, out: Path | None) -> None:
         if name in (*tasks.PROGRAMS, *tasks.DIALOGUES) and self.data_root is None:
@@ -98,17 +112,18 @@ def evaluate(model: Llama, path: Path, asked: Evaluation, out: Path | None = Non
     """Evaluate a model whose directory is `path`, by what is not in the file `out` yet.
 
     Returns {"results": {name: {metric: value, metric_stderr: ...}}, "n-shot", "n-samples",
-    "versions", "seconds", "config"}, as lm-eval's files have them, and writes it to `out` after
-    each benchmark; what the model said goes to files beside it. Raises ValueError when `out` is of
-    another model or other settings.
+    "versions", "seconds", "config"}, as lm-eval's files have them, and writes it to `out` at first,
+    so that files beside it, with what the model said, belong to it, and after each benchmark. A
+    judge is asked for the grades that are missing. Raises ValueError when `out` is of another model
+    or other settings.
     """
     config = _config(model, path, asked)
-    found = _begun(out, config) if out else {"results": {}}
-    found["config"] = config
+    found = {"seconds": {}, **(_begun(out, config) if out else {"results": {}}), "config": config}
+    if out:
+        write_json(out, found)
     for name in asked.names:
-        before = found["results"].get(name)
-        ungraded = name == "mt_bench" and asked.judge and "score" not in (before or {})
-        if before is not None and not ungraded:
+        graded = name == "mt_bench" and asked.judge
+        if name in found["seconds"] and not graded:
             log.info("%s: taken from %s", name, out)
             continue
         log.info("%s ...", name)
@@ -118,9 +133,11 @@ def evaluate(model: Llama, path: Path, asked: Evaluation, out: Path | None = Non
             by = _by_programs
         elif name in tasks.DIALOGUES:
             by = _by_dialogues
+        kept = found["seconds"].keys() - {name}  # a group's member may be asked for by itself too
         for part, values in by(model, path, name, asked, out).items():
-            found.setdefault(part, {}).update(values)
-        found.setdefault("seconds", {})[name] = round(time.perf_counter() - begun, 1)
+            own = {task: value for task, value in values.items() if task not in kept}
+            found.setdefault(part, {}).update(own)
+        found["seconds"][name] = round(time.perf_counter() - begun, 1)
         if out:
             write_json(out, found)
     return found
@@ -132,9 +149,7 @@ def _config(model, path, asked) -> dict:
         "fingerprint": whole_fingerprint(model),
         "dtype": str(model.norm.dtype).removeprefix("torch."),
         "device": model.norm.device.type,
-        "limit": asked.limit,
-        "samples": asked.samples,
-        "temperature": asked.temperature,
+        **asked.settings(),
         "data_root": None if asked.data_root is None else str(asked.data_root),
         "lm_eval": version("lm-eval"),
         **environment(model.norm.device),
@@ -142,12 +157,17 @@ def _config(model, path, asked) -> dict:
 
 
 def _begun(out: Path, config: dict) -> dict:
-    """What a file has of the same evaluation."""
+    """What a file has of the same evaluation, by as much of its settings as is known."""
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: a file in a folder that exists expected")
     if not out.exists():
         return {"results": {}}
     found = read_json(out)
-    for name in ("fingerprint", "dtype", "limit", "samples", "temperature"):
-        before = found.get("config", {}).get(name)
+    parts = [name for name in PARTS if not isinstance(found.get(name, {}), dict)]
+    if parts or not {"results", "config"} <= found.keys():
+        raise ValueError(f"{out}: an evaluation expected, got {shown(found)}")
+    for name in filter(config.__contains__, SAME):
+        before = found["config"].get(name)
         if before != config[name]:
             raise ValueError(
                 f"{out}: an evaluation with {name} {config[name]} expected, got {before};"
@@ -208,7 +228,7 @@ def _by_dialogues(model, path, name, asked, out) -> dict:
 
 
 def _beside(out: Path, name: str) -> Path:
-    return out.with_name(f"{out.stem}.{name}.jsonl")
+    return out.with_name(f"{out.name.removesuffix('.json')}.{name}.jsonl")
 
 
 def _numbers(metrics: dict) -> dict[str, float]:
@@ -242,10 +262,10 @@ def ask(lm, name: str, data_root: Path | None, limit: int | None, samples: bool 
     np.random.seed(SEED)
     task = tasks.load(name, data_root)
     asked = None if limit is None else first_questions(task, limit)
+    loaded = TaskManager(include_defaults=False).load([task])
     for leaf, places in (asked or {}).items():
         if not places:  # no place at all means all of them to lm-eval
-            task.pop(leaf)
-    loaded = TaskManager(include_defaults=False).load([task])
+            del loaded["tasks"][leaf]
     for leaf in loaded["tasks"].values():
         leaf.set_config("num_fewshot", leaf.get_config("num_fewshot") or 0)
         leaf.set_fewshot_seed(SEED)

@@ -26,6 +26,14 @@ SAMPLING = ("temperature", "top_p")
 log = logging.getLogger(__name__)
 
 
+def tokenizer_of(path):
+    """The tokenizer of a directory. Raises ValueError for one without an end of sequence."""
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path}: a tokenizer with an end of sequence expected, got none")
+    return tokenizer
+
+
 class Harness(TemplateLM):
     """A `Llama` and the directory that its tokenizer is in, for `lm_eval.simple_evaluate`.
 
@@ -35,10 +43,8 @@ class Harness(TemplateLM):
     def __init__(self, model, path, rows: int = 8):
         super().__init__()
         self.model, self.completer = model, Completer(model, path, rows)
-        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.tokenizer = tokenizer_of(path)
         self._device = model.norm.device
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"{path}: a tokenizer with an end of sequence expected, got none")
 
     @property
     def eot_token_id(self) -> int:

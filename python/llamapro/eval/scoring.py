@@ -40,8 +40,13 @@ def score(model, requests: Sequence[tuple[list[int], list[int]]], tell=lambda co
     """What a model says of continuations: pairs of (context, continuation) to a list of `Scored`.
 
     Both are ids, and neither is empty. What is longer than the model's context loses its beginning.
-    tell: called with the number of requests done since the last call.
+    tell: called with the number of requests done since the last call. Raises ValueError for what is
+    empty.
     """
+    for context, asked in requests:
+        if not context or not asked:
+            got = f"{len(context)} and {len(asked)}"
+            raise ValueError(f"a token or more of context and of continuation expected, got {got}")
     room = model.config.max_position_embeddings
     whole = [tuple((*context, *asked)[-room - 1 :]) for context, asked in requests]
     askers: dict[tuple[int, ...], list[int]] = {}  # by input: the last token is only a target

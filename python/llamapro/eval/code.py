@@ -176,6 +176,8 @@ def _rows(data_root: Path, pattern: str, fields: dict[str, type]) -> list[dict]:
                         f"{file}, row {number}: {name} as {kind.__name__} expected, got {got}"
                     )
             rows.append(row)
+    if not rows:
+        raise ValueError(f"{files[0]}: a row expected, got none")
     return rows
 
 

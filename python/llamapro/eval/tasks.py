@@ -5,9 +5,9 @@ has a folder of .jsonl files for each benchmark, with rows as the hub has them.
 """
 
 import difflib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from llamapro.data.sources import rows_of
@@ -162,7 +162,11 @@ def _local(benchmark, splits) -> dict:
 
     sets = DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
     missing = {f"{split}ing_split": None for split in benchmark.optional if split not in splits}
-    return {"num_fewshot": benchmark.shots, "custom_dataset": partial(_given, sets), **missing}
+    return {
+        "num_fewshot": benchmark.shots,
+        "custom_dataset": functools.partial(_given, sets),
+        **missing,
+    }
 
 
 def _given(sets, **said):
@@ -171,12 +175,17 @@ def _given(sets, **said):
 
 def _manager(benchmark: Benchmark | None):
     """lm-eval's definitions, those of one benchmark alone where that will do: there are 14,000."""
+    return _definitions(None if benchmark is None else benchmark.definitions)
+
+
+@functools.cache
+def _definitions(folder: str | None):
     from lm_eval import tasks
 
-    if benchmark is None:
+    if folder is None:
         return tasks.TaskManager()
-    folder = Path(tasks.__file__).parent / benchmark.definitions
-    return tasks.TaskManager(include_defaults=False, include_path=str(folder))
+    path = Path(tasks.__file__).parent / folder
+    return tasks.TaskManager(include_defaults=False, include_path=str(path))
 
 
 def _one(manager, definition: dict):

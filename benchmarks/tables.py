@@ -17,11 +17,13 @@ from benchmarks.gpu.report import cells, table
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "paper.md")
+DOCUMENTS += (ROOT / "docs" / "evaluation.md",)
 KINDS = (
     "step",
     "cpu",
     "demo",
     "keep",
+    "evaluation",
 )  # how a file's name begins; the others are of `benchmarks.gpu`
 README_STEPS = "step-nvidia-h200-2026-11-26.json"
 README_MODELS = ("Llama-2-7B + 8", "Llama-3.2-1B", "Llama-3.2-1B + 4")
@@ -207,6 +209,25 @@ def keep_page(name, report):
     return "\n".join([*lines, "", facts])
 
 
+def evaluation() -> str:
+    """Our model of lm-eval beside lm-eval's own backend."""
+    return "\n\n".join(evaluation_page(*item) for item in results("evaluation").items())
+
+
+def evaluation_page(name, report):
+    head = ("benchmark", "questions", "answers", "that differ", "log-likelihoods differ by")
+    lines = table((*head, "s, ours", "s, `hf`", "ratio"))
+    for row in report["results"]:
+        most, (ours, theirs) = row["largest difference"], row["seconds"]
+        differ = row["greedy flags or texts that differ"], "" if most is None else f"{most:.1e}"
+        counts = row["task"], row["questions"], row["answers"], *differ
+        lines.append(cells(*counts, ours, theirs, f"{row['ratio']:.2f}"))
+    where = report["environment"]
+    facts = f"{report['model']}, {report['dtype']}, {where['threads']} thread, {where['processor']}"
+    facts += f", torch {where['torch']}, commit {report['commit']} {source(name)}."
+    return "\n".join([*lines, "", f"`python -m benchmarks.beside_hf`, {facts}"])
+
+
 KEPT_BY = {"kl": "KL", "ce": "cross-entropy"}
 KEPT_MODELS = {"full": "full fine-tuning"}
 KEPT_MODELS |= {where: f"+5 blocks, {where}" for where in ("interleaved", "suffix")}
@@ -221,6 +242,7 @@ TABLES = {
     "CPU attention": cpu_attention,
     "demo": demo,
     "keep": keep,
+    "evaluation": evaluation,
 }
 
 

@@ -108,7 +108,7 @@ def test_the_command_line(chat_path, monkeypatch, capsys):
 
 def test_a_model_without_a_template_is_refused_before_it_is_loaded(chat_path, monkeypatch):
     cli = pytest.importorskip("llamapro.cli")
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr("llamapro.inference._load", None)
     (chat_path / "tokenizer_config.json").unlink()
     with pytest.raises(DataError, match="a chat template expected"):
         cli.chat(chat_path)

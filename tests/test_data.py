@@ -161,11 +161,14 @@ def test_eval_checks_its_numbers_before_it_loads(tiny_path, token_data, monkeypa
     pytest.importorskip("tyro")
     from llamapro import cli
 
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr("llamapro.inference._load", None)
     directory = token_data()
-    for settings, message in (((0,), "seq_len must"), ((16, 0), "max_tokens must")):
+    for settings, message in (
+        ({"seq_len": 0}, "seq_len must"),
+        ({"seq_len": 16, "max_tokens": 0}, "max_tokens must"),
+    ):
         with pytest.raises(ValueError, match=message):
-            cli.evaluate(tiny_path, directory, *settings)
+            cli.evaluate(tiny_path, directory, **settings)
 
 
 def test_data_of_another_tokenizer_is_refused(config, tokenizer, corpus, tmp_path):

@@ -180,7 +180,10 @@ def test_an_object_that_equals_all_passes_as_in_human_eval(isolated):
 
 
 def test_a_program_sees_what_python_needs_and_nothing_else(isolated):
-    program = "import os\nfor folder in ('/', '/dev', '/etc', {!r}): print(*os.listdir(folder))"
+    program = """if True:
+        import os
+        for folder in ("/", "/dev", "/etc", {!r}):
+            print(*(os.listdir(folder) if os.path.exists(folder) else ()))"""
     root, dev, etc, home = run(program.format(str(Path.home()))).stdout.splitlines() or [""] * 4
     folders = [Path(folder).parts for folder in (sys.prefix, sys.base_prefix)]
     system = {path.split("/")[1] for path in sandbox_init.SYSTEM}

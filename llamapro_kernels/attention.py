@@ -325,6 +325,22 @@ def flash_attention(
     return torch.ops.llamapro.flash_attention(q, k, v, cu_seqlens, causal, scale, window)[0]
 
 
+def attend_seen(q, k, v, seen):
+    """Attention of one query a row, q (B, 1, H, D), to the keys that `seen` (B, S) names.
+
+    The heads that share a key's are as queries of one head, so that PyTorch's fused kernels, which
+    take a mask, need no copies of keys and values.
+    """
+    if q.shape[1] != 1 or seen.shape != k.shape[:2] or seen.dtype != torch.bool:
+        got = f"{tuple(q.shape)} and {tuple(seen.shape)}, {seen.dtype}"
+        raise ValueError(f"one query a row and a bool mask (B, S) of its keys expected, got {got}")
+    grouped = q.unflatten(2, (k.shape[2], -1)).squeeze(1)  # (B, Hkv, H / Hkv, D)
+    o = torch.nn.functional.scaled_dot_product_attention(
+        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None]
+    )
+    return o.flatten(1, 2).unsqueeze(1)
+
+
 def check_window(window):
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be a whole number of at least 1, got {window!r}")

@@ -30,6 +30,7 @@ import torch
 
 from llamapro_kernels import library
 from llamapro_kernels.attention import (
+    attend_seen,
     check_causal,
     check_documents,
     check_operands,
@@ -135,38 +136,19 @@ def _attention_half(x, w, settings, cache=None):
     if w.q_norm is None:
         ops.rope_inplace(qkv[:, :, : heads + kv_heads], settings.cos, settings.sin, False)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)  # q (B, T, H, D), k and v (B, T, Hkv, D)
-    rotated, keys, values = (
-        _rotated(q, w.q_norm, settings)[0],
-        _rotated(k, w.k_norm, settings)[0],
-        v,
-    )
+    rotated, keys = _rotated(q, w.q_norm, settings)[0], _rotated(k, w.k_norm, settings)[0]
+    values = v
     if cache is not None:
         keys, values, *seen = cache(keys, v)  # (B, S, Hkv, D), and perhaps (B, S)
         check_operands(rotated, keys, values)
         if seen:
-            return SavedActivations(x, rstd, q, k, v, _attend(rotated, keys, values, *seen))
+            return SavedActivations(x, rstd, q, k, v, attend_seen(rotated, keys, values, *seen))
         check_causal(rotated, keys)
     # o (B, T, H, D), stats (B, H, 2, T)
     o, stats = ops.flash_attention(
         rotated, keys, values, settings.cu_seqlens, True, dim**-0.5, settings.window
     )
     return SavedActivations(x, rstd, q, k, v, o, stats)
-
-
-def _attend(q, k, v, seen):
-    """Attention of one query a row, q (B, 1, H, D), to the keys that `seen` (B, S) names.
-
-    The heads that share a key's are as queries of one head, so that PyTorch's fused kernels, which
-    take a mask, need no copies of keys and values.
-    """
-    if q.shape[1] != 1 or seen.shape != k.shape[:2] or seen.dtype != torch.bool:
-        got = f"{tuple(q.shape)} and {tuple(seen.shape)}, {seen.dtype}"
-        raise ValueError(f"one query a row and a bool mask (B, S) of its keys expected, got {got}")
-    grouped = q.unflatten(2, (k.shape[2], -1)).squeeze(1)  # (B, Hkv, H / Hkv, D)
-    o = torch.nn.functional.scaled_dot_product_attention(
-        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None]
-    )
-    return o.flatten(1, 2).unsqueeze(1)
 
 
 def _rotated(heads, norm, settings):

@@ -26,7 +26,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _namespace = torch.library.Library("llamapro", "DEF")
 # torch.ops.llamapro for callers that take no derivative of a single op: the same functions, without
-# the 50 microseconds of the dispatcher where it would do nothing.
+# the dispatcher where it would do nothing (of a small RMSNorm's 60 microseconds on a CPU, 17).
 ops = SimpleNamespace()
 _ops: dict[str, "Op"] = {}
 # Process-wide, not a context variable: autograd runs backward in threads of its own. The last

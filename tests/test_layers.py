@@ -21,7 +21,7 @@ INSIDE = {
     ],
     "eval": [
         *("perplexity", "scoring", "completion", "harness", "tasks", "sandbox_init", "sandbox"),
-        *("code_shots", "code", "endpoint", "records", "dialogue", "graders", "mint"),
+        *("records", "code_shots", "code", "endpoint", "dialogue", "graders", "mint"),
         *("trace", "evaluate"),
     ],
     "train": [

@@ -126,7 +126,7 @@ class Slots:
         rows = slots.repeat_interleave(sizes)
         places = torch.arange(len(rows), device=ends.device) - ends[:-1].repeat_interleave(sizes)
         self.lengths[slots] = sizes
-        states = model.hidden(tokens, ends, _View(self, partial(self._begin, rows, places), 0))
+        states = model.hidden(tokens, ends, _View(partial(self._begin, rows, places), 0))
         return states[0, ends[1:].long() - 1]
 
     def step(self, model, slots: list[int], tokens: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ class Slots:
         }
         go_on = partial(self._go_on, slots, lengths, longest, masks)
         self.lengths[slots] += 1
-        return model.hidden(tokens.to(device), cache=_View(self, go_on, lengths[:, None]))[:, 0]
+        return model.hidden(tokens.to(device), cache=_View(go_on, lengths[:, None]))[:, 0]
 
     def _begin(self, rows, places, i, k, v):
         for kept, new in zip(self._pair(i, k), (k, v), strict=True):
@@ -161,10 +161,8 @@ class Slots:
     def _pair(self, i, like):
         if self.pairs[i] is None:
             shape = (self.count, self.capacity, *like.shape[2:])
-            self.pairs[i] = (
-                like.new_zeros(shape),
-                like.new_zeros(shape),
-            )  # a NaN shows through masks
+            # A mask gives what it hides a probability of 0, and 0 times NaN is NaN.
+            self.pairs[i] = tuple(like.new_zeros(shape) for _ in "kv")
         return self.pairs[i]
 
 
@@ -172,7 +170,6 @@ class Slots:
 class _View:
     """Slots as the `cache` of `Llama.hidden`, for one pass."""
 
-    slots: Slots
     keep: Callable  # takes the number of a block, its keys and its values
     length: int | torch.Tensor
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import tyro
-from llamapro.cli import said_in_one_line
+from llamapro.command_line import said_in_one_line
 from llamapro.data.packing import open_rows
 from llamapro.data.prepare import prepare
 from llamapro.data.tokens import IGNORED, Batch

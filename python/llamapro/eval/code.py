@@ -3,7 +3,6 @@
 import difflib
 import math
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from llamapro.data.sources import rows_of
 from llamapro.eval import sandbox
 from llamapro.eval.code_shots import SOLUTIONS
+from llamapro.eval.records import check_limit, mean, standard_error
 from llamapro.storage import shown
 
 AT_A_TIME = 64  # completions that are asked for together, and then run
@@ -110,9 +110,9 @@ def evaluate(
 
 
 def _check(limit, samples, k, workers) -> None:
-    for name, value in {"limit": 1 if limit is None else limit, "workers": workers}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_limit(limit)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     if not k or min(k) < 1:
         raise ValueError(f"k of at least 1 expected, got {shown(tuple(k))}")
     if samples < max(k):
@@ -137,9 +137,8 @@ def _metrics(passed: list[bool], samples: int, k: Sequence[int]) -> dict[str, fl
     metrics: dict[str, float | None] = {}
     for number in k:
         values = [pass_at_k(samples, count, number) for count in counts]
-        metrics[f"pass@{number}"] = statistics.fmean(values)
-        spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        metrics[f"pass@{number}_stderr"] = spread
+        metrics[f"pass@{number}"] = mean(values)
+        metrics[f"pass@{number}_stderr"] = standard_error(values)
     return metrics
 
 

@@ -4,7 +4,6 @@ Prompts, requests and metrics are lm-eval's; tokens are those of the model's own
 transformers loads it, as for lm-eval's `hf` backend, whose numbers these are.
 """
 
-import logging
 from collections import defaultdict
 
 try:
@@ -23,7 +22,6 @@ from llamapro.eval.scoring import score
 
 NEW_TOKENS = 256  # where a task says nothing, as with lm-eval's backends
 SAMPLING = ("temperature", "top_p")
-log = logging.getLogger(__name__)
 
 
 def tokenizer_of(path):

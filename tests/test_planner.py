@@ -120,6 +120,7 @@ def test_the_papers_placement_costs_84_of_120():
 
 MEASURE = """
 import json, sys, torch
+from dataclasses import replace
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.hardware import keep_freed_memory, peak_memory, resident_memory
 from llamapro.train.optimizer import Optimizer
@@ -130,24 +131,22 @@ setting = json.loads(sys.argv[1])
 config = LlamaConfig(**setting["config"])
 dtype = getattr(torch, setting["dtype"])
 torch.set_default_dtype(dtype)
-def twice(model, batch, length):
+def train(config, new_blocks):
+    model = expand(Llama(config), new_blocks, setting["placement"])
+    freeze(model, setting["trainable"])
+    if setting["frozen"] != "bf16":
+        model.freeze_in_8_bits(setting["frozen"] == "8bit-compact")
+    for block, recompute in zip(model.blocks, setting["recompute"]):
+        block.recompute = recompute
     optimizer = Optimizer(model, max_grad_norm=1.0, weight_decay=0.1, betas=(0.9, 0.95))
-    for size in (1, 16), (batch, length):  # the first step makes the moments
-        tokens = torch.randint(model.config.vocab_size, size)
+    for size in (1, 16), (setting["batch"], setting["length"]):  # the first step makes the moments
+        tokens = torch.randint(config.vocab_size, size)
         loss = model.loss(tokens, tokens)
         loss.backward()
         optimizer.step(1e-4, loss, 1)
-tiny = expand(Llama(LlamaConfig(64, 32, 64, 2, 4)), 1)  # so that libraries load what they need
-freeze(tiny, "new_blocks")
-twice(tiny, 1, 64)
+train(replace(config, num_hidden_layers=1, other={}), 1)  # libraries keep code and buffers by shape
 before = resident_memory()
-model = expand(Llama(config), setting["new"], setting["placement"])
-freeze(model, setting["trainable"])
-if setting["frozen"] != "bf16":
-    model.freeze_in_8_bits(setting["frozen"] == "8bit-compact")
-for block, recompute in zip(model.blocks, setting["recompute"]):
-    block.recompute = recompute
-twice(model, setting["batch"], setting["length"])
+train(config, setting["new"])
 print(peak_memory(torch.device("cpu")) - before)
 """
 HALF = replace(SMOLLM2, num_hidden_layers=15)

@@ -18,7 +18,8 @@ from llamapro.train import loop as loop_module
 from llamapro.train import train
 from llamapro.train.config import distilled_share, held_out_sets, parse_share, with_keep_data
 from llamapro.train.keep import HIGHEST, LOWEST, Keeper, lost
-from llamapro.train.loop import freeze, open_data
+from llamapro.train.loop import open_data
+from llamapro.train.parallel import freeze
 from run_files import one_document, records
 from torch.utils.flop_counter import FlopCounterMode
 

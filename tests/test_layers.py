@@ -11,7 +11,7 @@ ANYWHERE = {"storage", "hardware", "markdown"}
 # Top to bottom. The packages below them follow the same rule among their own files.
 LAYERS = [
     *("architectures", "config", "placement", "model_files", "tokenizer", "hf", "generate"),
-    *("frozen", "model", "proof", "decoder", "expansion", "new_block_files", "new_blocks"),
+    *("ranks", "frozen", "model", "proof", "decoder", "expansion", "new_block_files", "new_blocks"),
     *("planner", "data", "eval", "train", "report_benchmarks", "report_pictures", "report"),
     *("chat", "command_line", "inference", "cli", "__main__", "integrations"),
 ]
@@ -26,7 +26,7 @@ INSIDE = {
     ],
     "train": [
         *("trackers", "config", "prompts", "replay", "keep", "stopping", "optimizer"),
-        *("progress", "metrics", "run", "loop", "dry_run"),
+        *("progress", "metrics", "parallel", "checkpoint", "sharded", "run", "loop", "dry_run"),
     ],
     "integrations": ["stack", "keeping", "transformers"],
 }

@@ -124,7 +124,7 @@ from dataclasses import replace
 from llamapro import Llama, LlamaConfig, expand
 from llamapro.hardware import keep_freed_memory, peak_memory, resident_memory
 from llamapro.train.optimizer import Optimizer
-from llamapro.train.loop import freeze
+from llamapro.train.parallel import freeze
 
 keep_freed_memory(False)  # holes in the C library's heap are not planned
 setting = json.loads(sys.argv[1])

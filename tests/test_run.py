@@ -13,7 +13,7 @@ import torch
 from llamapro import hf
 from llamapro.eval import perplexity as evaluate
 from llamapro.model_files import CheckpointError
-from llamapro.train import Interrupted, metrics, train
+from llamapro.train import Interrupted, checkpoint, metrics, train
 from llamapro.train import loop as module
 from llamapro.train import run as run_module
 from llamapro.train.loop import take_step
@@ -132,7 +132,7 @@ def test_masters_and_moments_are_checked(tiny):
 
 def change_random_state(file):
     state = json.loads(file.read_text())
-    state["random"]["cpu"] = state["random"]["cpu"][::-1]
+    state["random"][0]["cpu"] = state["random"][0]["cpu"][::-1]
     file.write_text(json.dumps(state))
 
 
@@ -275,7 +275,7 @@ def full_disk(monkeypatch, steps):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, entries)
 
-    monkeypatch.setattr(run_module, "write_safetensors", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     return failed
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from llamapro import Llama, expand, planner
+from llamapro.data.mixture import Mixture
 from llamapro.data.tokens import Batch, DataError, TokenDataset
 from llamapro.hf import Checkpoint
 from llamapro.model_files import CheckpointError
+from llamapro.ranks import ALONE
 from llamapro.storage import lock
 from llamapro.train import Interrupted, train
 from llamapro.train import loop as module
@@ -127,7 +129,7 @@ def test_accumulation_is_exact(config, tiny):
         micro = replace(config, batch_size=size, gradient_accumulation_steps=4 // size)
 
         class Fixed:
-            def batch(self, start, count):
+            def batch(self, start, count, part):
                 return Batch(tokens[start : start + count], targets[start : start + count])
 
         optimizer = optimizer_of(model, max_grad_norm=1e9)
@@ -135,7 +137,7 @@ def test_accumulation_is_exact(config, tiny):
         optimizer.step = lambda *_, o=optimizer, g=grads: g.update(
             {n: m.grad.clone() for n, (_, m) in o.pairs.items()}
         )
-        metrics = take_step(Keeper(micro, model), optimizer, Fixed(), micro, 0)
+        metrics = take_step(Keeper(micro, model), optimizer, Fixed(), micro, ALONE, 0)
         gradients.append((metrics["loss"], grads))
     (loss, whole), (accumulated_loss, accumulated) = gradients
     assert accumulated_loss == pytest.approx(loss, rel=1e-6)
@@ -293,12 +295,12 @@ def test_a_frozen_model_has_nothing_to_optimize(tiny):
 
 def test_a_batch_without_targets(config, tiny):
     class Empty:
-        def batch(self, start, count):
+        def batch(self, start, count, part):
             return Batch(torch.zeros(count, 16, dtype=torch.long), torch.full((count, 16), -100))
 
     model = tiny()
     with pytest.raises(ValueError, match="without a single valid target"):
-        take_step(Keeper(config, model), optimizer_of(model), Empty(), config, 0)
+        take_step(Keeper(config, model), optimizer_of(model), Empty(), config, ALONE, 0)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(config):
@@ -307,13 +309,14 @@ def test_a_loss_that_is_not_finite_changes_nothing(config):
     model.train_new_blocks_only()
     optimizer = optimizer_of(model)
     rows = TokenDataset(one_document(torch.randint(61, (4000,)).numpy()), 16)
-    take_step(Keeper(config, model), optimizer, rows, config, 0)
+    rows = Mixture(["data"], [rows], [1.0])
+    take_step(Keeper(config, model), optimizer, rows, config, ALONE, 0)
     poisoned = dict(model.blocks[0].named_parameters())["attention_norm"].data
     poisoned[0] = float("nan")
     before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
     weights = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(FloatingPointError, match=r"step 2: .* the step was not taken"):
-        take_step(Keeper(config, model), optimizer, rows, config, 1)
+        take_step(Keeper(config, model), optimizer, rows, config, ALONE, 1)
     for name, tensor in optimizer.state().items():
         assert torch.equal(tensor, before[name]), name
     for name, parameter in model.named_parameters():

@@ -17,6 +17,7 @@ from llamapro.hardware import matmul_rate, pick_device
 from llamapro.inference import chat, evaluate, generate
 from llamapro.model_files import read_config
 from llamapro.placement import PLACEMENTS
+from llamapro.ranks import speaks
 from llamapro.train import replay as replay_module
 from llamapro.train.config import DTYPES, TrainConfig
 from llamapro.train.dry_run import dry_run as show_what_it_would_do
@@ -189,7 +190,8 @@ def train(
         show_what_it_would_do(config)
         return
     summary = run_training(config, resume=resume)
-    print(f"{config.out}/final: perplexity {summary['perplexity_after']}")
+    if speaks():
+        print(f"{config.out}/final: perplexity {summary['perplexity_after']}")
 
 
 def plan(

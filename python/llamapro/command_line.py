@@ -12,6 +12,7 @@ except ImportError:
         'llamapro\'s command line needs the "train" extra: pip install "llamapro-kernels[train]"'
     )
 
+from llamapro.ranks import ERRORS, is_told
 from llamapro.storage import one_line
 from llamapro.train.config import options_in
 from llamapro.train.stopping import Interrupted
@@ -44,9 +45,9 @@ def said_in_one_line():
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(str(stop) or "stopped", file=sys.stderr)
+        if not is_told(stop):
+            print(str(stop) or "stopped", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, ImportError) as error:
-        sys.exit(f"llamapro: {one_line(error)}")
-    except MemoryError as error:
-        sys.exit(f"llamapro: out of memory {one_line(error)}")
+    except ERRORS as error:
+        what = "out of memory " if isinstance(error, MemoryError) else ""
+        sys.exit(1 if is_told(error) else f"llamapro: {what}{one_line(error)}")

@@ -1,7 +1,7 @@
 """The Llama: blocks, loss and generation. Mathematics is in llamapro_kernels."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -99,16 +99,23 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path, dtype: torch.dtype | None = None, device="cpu", frozen: str = "bf16"
+        cls,
+        path,
+        dtype: torch.dtype | None = None,
+        device="cpu",
+        frozen: str = "bf16",
+        *,
+        placed: Callable[["Llama", int], None] | None = None,
     ) -> "Llama":
         """Load a Hugging Face directory of a Llama, Mistral, Qwen2 or Qwen3, or a Hub name when
         online.
 
         dtype: None keeps the checkpoint's. frozen: "8bit" or "8bit-compact" loads an expanded
         model of which the new blocks alone train, as `freeze_in_8_bits` leaves it, a block at a
-        time, so that the base is never there in 16 bits. The configuration and the name, shape and
-        length of every tensor are checked before a weight is read; CheckpointError or ValueError
-        says what was got and what was expected.
+        time, so that the base is never there in 16 bits. placed: is told of each block, by its
+        position, as soon as it is there, and may shard it before the next one is read. The
+        configuration and the name, shape and length of every tensor are checked before a weight is
+        read; CheckpointError or ValueError says what was got and what was expected.
         """
         if frozen not in FORMS:
             raise ValueError(f"frozen must be one of {FORMS}, got {frozen!r}")
@@ -127,6 +134,8 @@ class Llama(nn.Module):
             fill(block_tensors(block, checkpoint.config, f"model.layers.{i}."), checkpoint)
             if frozen != "bf16":
                 freeze_in_8_bits([block], frozen == "8bit-compact")
+            if placed is not None:
+                placed(model, i)
         checkpoint.close()
         return model
 
@@ -301,11 +310,14 @@ class Llama(nn.Module):
             )
 
 
-def stock_tensors(model: Llama) -> dict[str, torch.Tensor]:
-    """Every tensor under its stock Hugging Face name; parts of fused matrices as views."""
+def stock_tensors(model: Llama, places=None) -> dict[str, torch.Tensor]:
+    """Every tensor under its stock Hugging Face name; parts of fused matrices as views.
+
+    places: positions of the blocks whose tensors are wanted, by default all.
+    """
     tensors = {"model.embed_tokens.weight": model.embed_tokens.weight}
-    for i, block in enumerate(model.blocks):
-        tensors |= block_tensors(block, model.config, f"model.layers.{i}.")
+    for i in range(len(model.blocks)) if places is None else places:
+        tensors |= block_tensors(model.blocks[i], model.config, f"model.layers.{i}.")
     tensors["model.norm.weight"] = model.norm
     if not model.config.tie_word_embeddings:
         tensors["lm_head.weight"] = model.lm_head.weight

@@ -22,7 +22,7 @@ from llamapro.markdown import table
 from llamapro.model import Llama
 from llamapro.report import command, report
 from llamapro.storage import write_json
-from llamapro.train.loop import freeze
+from llamapro.train.parallel import freeze
 from llamapro.train.replay import replay
 
 from recipes import assets

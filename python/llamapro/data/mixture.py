@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-from llamapro.data.tokens import Batch, DataError, TokenDataset
+import numpy as np
+
+from llamapro.data.tokens import IGNORED, Batch, DataError, TokenDataset
 
 
 def corpora(data) -> dict[str, tuple[str, float]]:
@@ -94,9 +96,14 @@ class Mixture:
         shares = zip(self.rows, self.weights, strict=True)
         return tuple((n, count * w / total) for rows, w in shares for n, count in rows.spread)
 
-    def batch(self, start: int, count: int) -> Batch:
+    def batch(self, start: int, count: int, part: tuple[int, int] = (0, 1)) -> Batch:
         """The rows that are drawn after `start` others; those of the corpora `kept` come last, and
-        stand alone as the batch's `kept`, too."""
+        stand alone as the batch's `kept`, too.
+
+        part: (rank, ranks) of which this is one, whose rows alone are wanted; the others have the
+        rest of them. Where some have rows that are kept, this one has one, too, though it may not
+        count, so that all of them ask the base.
+        """
         if sum(self.taken) > start:
             self.taken = [0] * len(self.rows)
         while sum(self.taken) < start:
@@ -109,8 +116,13 @@ class Mixture:
             drawn.append((self.names[corpus] in self.kept, row))
             self.taken[corpus] += 1
         drawn.sort(key=lambda pair: pair[0])
-        kept = sum(is_kept for is_kept, _ in drawn)
-        return self.rows[0].collate([row for _, row in drawn], kept)
+        mine = drawn[part[0] :: part[1]]
+        kept = sum(is_kept for is_kept, _ in mine)
+        if drawn[-1][0] and not kept:
+            tokens, targets, lengths = mine[-1][1]
+            mine.append((True, (tokens, np.full_like(targets, IGNORED), lengths)))
+            kept = 1
+        return self.rows[0].collate([row for _, row in mine], kept)
 
     def _next(self) -> int:
         """The corpus that is due first, of those that may give the next row by then; in whole

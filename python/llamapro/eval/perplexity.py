@@ -7,14 +7,15 @@ import torch
 import llamapro_kernels as lk
 from llamapro.data.tokens import IGNORED, Batch, TokenDataset
 from llamapro.model import Llama
+from llamapro.ranks import ALONE, Ranks, whole
 
 ROWS_AT_A_TIME = 4
 
 
 @dataclass
 class BaseSays:
-    """What a base says of held-out rows: final states of each batch, on the CPU, its head, and its
-    own perplexity."""
+    """What a base says of held-out rows: final states of each batch of this rank, on the CPU, its
+    head, and its own perplexity."""
 
     states: list[torch.Tensor]
     head: torch.Tensor
@@ -23,17 +24,22 @@ class BaseSays:
 
 @torch.no_grad()
 def what_the_base_says(
-    model: Llama, sets: dict[str, TokenDataset], max_tokens: int | None = None
+    model: Llama,
+    sets: dict[str, TokenDataset],
+    max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, BaseSays]:
     """What a model says of each set, its new blocks switched off; the head is copied where the
     model's trains."""
-    head = model.lm_head.weight
-    head = head.detach().clone() if head.requires_grad and sets else head.detach()
+    if not sets:
+        return {}
+    head = whole(model.lm_head.weight)
+    head = head.clone() if model.lm_head.weight.requires_grad else head
     said = {}
     with model.as_base():
         for name, rows in sets.items():
             states: list[torch.Tensor] = []
-            found = perplexity(model, rows, max_tokens, states=states)
+            found = perplexity(model, rows, max_tokens, states=states, ranks=ranks)
             said[name] = BaseSays(states, head, found["perplexity"])
     return said
 
@@ -46,33 +52,40 @@ def perplexity(
     *,
     base: BaseSays | None = None,
     states: list | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict:
     """{"loss", "perplexity", "tokens"} over the rows that `evenly_spaced_indices` gives, and with
     what a base says of the same rows "kl", KL(base || model).
 
     Both are in nats per target that counts. Each row, or document in it, starts without context.
-    states: takes the final states of each batch.
+    states: takes the final states of each batch. ranks: those that share the rows, and all get what
+    they found together.
     """
-    device, head = model.embed_tokens.weight.device, model.lm_head.weight
+    device = model.embed_tokens.weight.device
     places = evenly_spaced_indices(rows, max_tokens)
+    batches = [places[i : i + ROWS_AT_A_TIME] for i in range(0, len(places), ROWS_AT_A_TIME)]
     total, divergence, tokens = 0.0, 0.0, 0
-    for number, start in enumerate(range(0, len(places), ROWS_AT_A_TIME)):
-        batch = rows.rows(places[start : start + ROWS_AT_A_TIME])
+    for number, (at, counts) in enumerate(ranks.deal(batches)):
+        batch = rows.rows(at)
         hidden, targets = model.hidden(*inputs(batch, device)), batch.targets.to(device)
-        total += lk.linear_cross_entropy(hidden, head, targets, reduction="sum").item()
-        tokens += batch.counted
+        head = model.lm_head.weight  # of a sharded model it is there from now on
         if states is not None:
             states.append(hidden.cpu())
+        if not counts:
+            continue
+        total += lk.linear_cross_entropy(hidden, head, targets, reduction="sum").item()
+        tokens += batch.counted
         if base is not None:
             said = {"teacher_weight": base.head, "mask": targets != IGNORED, "reduction": "sum"}
             theirs = base.states[number].to(device)
             divergence += lk.linear_kl_divergence(hidden, theirs, head, **said).item()
+    total, divergence, tokens = ranks.sum(total, divergence, tokens)
     if not tokens:
         raise ValueError(f"{rows.tokens.name}: targets that count expected, got none")
     loss = total / tokens
     # As a tensor: math.exp raises where a diverged model's perplexity is infinite.
     value = torch.tensor(loss, dtype=torch.float64).exp().item()
-    found = {"loss": loss, "perplexity": value, "tokens": tokens}
+    found = {"loss": loss, "perplexity": value, "tokens": int(tokens)}
     return found if base is None else {**found, "kl": divergence / tokens}
 
 

@@ -18,6 +18,7 @@ from llamapro.train.trackers import TRACKERS
 TRAINABLE = ("new_blocks", "all")
 DTYPES = ("auto", "bfloat16", "float32")
 KEEP_LOSSES = ("kl", "ce")
+SHARDS = ("auto", "none", "full")
 KEPT = "kept"  # the name of the set that keeps the base
 KEEP = 0.2  # of the rows, where nothing is said but how much may be lost
 
@@ -41,7 +42,7 @@ class TrainConfig:
     steps: int = 100
     """How many optimizer steps are taken."""
     batch_size: int = 4
-    """How many rows a micro-batch has."""
+    """How many rows a micro-batch has, on all GPUs together."""
     gradient_accumulation_steps: int = 1
     """How many micro-batches a step has."""
     seq_len: int = 512
@@ -81,6 +82,11 @@ class TrainConfig:
     memory: str | None = None
     """How much memory there is, such as 80GB: blocks recompute more in backward until a step
     fits."""
+    shard: Literal["auto", "none", "full"] = "auto"
+    """How several GPUs share a model: none, each holds the base whole and shares what trains; full,
+    they share the frozen blocks too; auto, none where it fits in memory."""
+    timeout: float = 600.0
+    """How many seconds a rank waits for the others, before the run ends."""
     seed: int = 0
     """The seed of the order of the rows."""
     evaluate: dict[str, str] = field(default_factory=dict)
@@ -100,7 +106,7 @@ class TrainConfig:
         self.data = (self.data,) if isinstance(self.data, str) else tuple(self.data)
         self.betas = tuple(self.betas)
         choices = (("trainable", TRAINABLE), ("dtype", DTYPES), ("frozen", FORMS))
-        choices += (("packing", PACKINGS), ("keep_loss", KEEP_LOSSES))
+        choices += (("packing", PACKINGS), ("keep_loss", KEEP_LOSSES), ("shard", SHARDS))
         self.report_to = tuple(self.report_to)
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
@@ -111,7 +117,7 @@ class TrainConfig:
         for name in (*counts, "eval_every", "eval_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name, most in (("warmup_ratio", 1), ("weight_decay", math.inf), ("seed", math.inf)):

@@ -52,7 +52,7 @@ def _cost(config: TrainConfig, shape, device, documents) -> str:
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
     kept = distilled_share(config)
     work = planner.Workload(shape, trainable, *sizes, config.frozen, documents, kept)
-    recompute = policies(config, shape, device)
+    _, recompute = policies(config, shape, device)
     total, bytes_of = sum(planner.flops(work, recompute).values()), planner.memory(work, recompute)
     trained = len(work.trained) * planner.parameters(shape)["block"]
     if trainable is None:

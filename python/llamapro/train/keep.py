@@ -18,6 +18,7 @@ import llamapro_kernels as lk
 from llamapro.data.tokens import IGNORED, Batch
 from llamapro.eval.perplexity import inputs
 from llamapro.model import Llama
+from llamapro.ranks import is_shard
 from llamapro.train.config import TrainConfig, kept_corpora, own_samples, parse_share
 from llamapro.train.replay import base_digest, replay, sample_settings
 
@@ -70,6 +71,8 @@ class Keeper:
         self.teacher = None
         if self.distils and config.trainable == "all":
             dtype, device = model.norm.dtype, model.norm.device
+            if is_shard(model.norm):  # a master, in fp32
+                dtype = getattr(torch, config.dtype)
             self.teacher = Llama.from_pretrained(config.model, dtype, device).requires_grad_(False)
 
     def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

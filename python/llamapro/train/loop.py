@@ -3,6 +3,8 @@
 import logging
 import math
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -14,7 +16,7 @@ from llamapro.data.tokens import TokenDataset, check_tokenizer, fingerprint
 from llamapro.eval.perplexity import perplexity, what_the_base_says
 from llamapro.hardware import keep_freed_memory, peak_memory, pick_device, resident_memory
 from llamapro.hf import Checkpoint
-from llamapro.model import Llama
+from llamapro.ranks import ALONE, Ranks, started
 from llamapro.train.config import (
     KEPT,
     TrainConfig,
@@ -26,6 +28,7 @@ from llamapro.train.config import (
 )
 from llamapro.train.keep import Keeper, lost, make_samples, without_own_samples
 from llamapro.train.optimizer import Optimizer
+from llamapro.train.parallel import begin_micro_batch, load, own_device, same_everywhere
 from llamapro.train.progress import Progress
 from llamapro.train.run import Run
 from llamapro.train.stopping import Interrupted, asked_to_stop
@@ -44,8 +47,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     RuntimeError for a frozen tensor that changed, before they can reach a checkpoint; OSError when
     checkpoints cannot be written; and Interrupted after Ctrl-C, SIGTERM or SIGHUP.
     """
-    run = Run.resume(config) if resume else Run.start(config)
-    config, device = run.config, pick_device(config.device)
+    device = pick_device(config.device)
+    with started(device.type, config.timeout) as ranks:
+        return _train(config, resume, ranks)
+
+
+def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> dict:
+    run = ranks.agree(lambda: _settled(config, resume, ranks))
+    config, device = run.config, own_device(run.config.device, ranks)
     if device.type == "cpu":
         keep_freed_memory(config.memory is None)
     shape = Checkpoint(config.model).config
@@ -56,15 +65,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
             config.model,
             shape.max_position_embeddings,
         )
-    open_data(without_own_samples(config), shape)  # what can be wrong, first
-    recompute = policies(config, shape, device)
-    make_samples(config)
-    rows, heldout = open_data(config, shape)
-    sets = held_out_sets(config.data, config.evaluate, config.keep_data)
-    data = {name: fingerprint(path, verify=config.verify) for name, path in sets.items()}
+    ranks.agree(lambda: open_data(without_own_samples(config), shape))  # what can be wrong, first
+    shard, recompute = ranks.agree(lambda: policies(config, shape, device, ranks))
+    run.config = config = replace(config, shard=shard)
+    ranks.of_first(lambda: make_samples(config))
+    rows, heldout, data = ranks.agree(lambda: _data(config, shape))
     dtype = getattr(torch, config.dtype)
-    model = Llama.from_pretrained(config.model, dtype, device, config.frozen)
-    freeze(model, config.trainable)
+    model, frozen = load(config, dtype, device, ranks)
     for block, policy in zip(model.blocks, recompute, strict=True):
         block.recompute = policy
     optimizer = Optimizer(
@@ -73,11 +80,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
         weight_decay=config.weight_decay,
         betas=config.betas,
     )
+    ranks.check_same(same_everywhere(config, frozen, data))
     general = {name: heldout[name] for name in general_sets(config)}
-    base = what_the_base_says(model, general, config.eval_tokens)
+    base = what_the_base_says(model, general, config.eval_tokens, ranks)
     keeper = Keeper(config, model)
-    with run.open(model, optimizer, rows, data, keeper) as step, asked_to_stop() as stop:
-        with Progress(config.steps, step) as progress:
+    with run.open(model, frozen, optimizer, rows, data, keeper) as step, asked_to_stop() as stop:
+        with Progress(config.steps, step, quiet=not ranks.first) as progress:
             for line in rows.described(config.rows):
                 progress.say(line)
             _run_steps(run, heldout, base, step, progress, stop)
@@ -85,6 +93,25 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
     if keeper.limit is not None and summary["lost_after"] > keeper.limit:
         log.warning("%.2f%% is lost, more than %s", 100 * summary["lost_after"], config.keep_within)
     return summary
+
+
+def _settled(config: TrainConfig, resume: bool, ranks: Ranks) -> Run:
+    """A run that torchrun starts anew, after a rank died, goes on."""
+    if config.batch_size % ranks.size:
+        raise ValueError(
+            f"rows of a micro-batch that {ranks.size} ranks can share expected, got a batch_size of"
+            f" {config.batch_size}"
+        )
+    again = ranks.restarted and (Path(config.out) / "config.json").exists()
+    return (Run.resume if resume or again else Run.start)(config, ranks)
+
+
+def _data(config: TrainConfig, shape: LlamaConfig):
+    """Training rows, held-out rows, and a fingerprint of each set."""
+    rows, heldout = open_data(config, shape)
+    sets = held_out_sets(config.data, config.evaluate, config.keep_data)
+    hashed = {name: fingerprint(path, verify=config.verify) for name, path in sets.items()}
+    return rows, heldout, hashed
 
 
 def _run_steps(run, heldout, base, step, progress, stop) -> None:
@@ -95,94 +122,103 @@ def _run_steps(run, heldout, base, step, progress, stop) -> None:
         _evaluate(run, heldout, base, step, progress)
     while step < config.steps:
         began = time.perf_counter()
-        metrics = take_step(run.keeper, run.optimizer, run.rows, config, step)
+        metrics = take_step(run.keeper, run.optimizer, run.rows, config, run.ranks, step)
         step += 1
         seconds = time.perf_counter() - began
         record = {"step": step, **metrics, **run.metrics.z_scores(metrics)}
         record |= {"tokens_per_second": metrics["tokens"] / seconds, "epochs": run.rows.epochs}
         run.append(record)
         progress.step(record)
-        if step % config.eval_every == 0 and not stop:
+        stopping = run.ranks.any(bool(stop))
+        if step % config.eval_every == 0 and not stopping:
             _evaluate(run, heldout, base, step, progress)
-        last = step == config.steps or bool(stop)
+        last = step == config.steps or stopping
         if step % config.checkpoint_every == 0 or last or run.failures:
-            _save(run, step, last, stop)
-        if stop:
+            _save(run, step, last, stopping)
+        if stopping:
             raise Interrupted(f"stopped after step {step}; the same command with --resume goes on")
     if run.metrics.evaluations[-1]["step"] != step:
         _evaluate(run, heldout, base, step, progress)
 
 
-def _save(run, step: int, last: bool, stop: list) -> None:
+def _save(run, step: int, last: bool, stopping: bool) -> None:
     """Write a checkpoint; a run that was stopped says so even where it cannot be written."""
     try:
         run.save(step, last=last)
     except OSError as error:
-        if stop:
+        if stopping:
             raise Interrupted(f"stopped after step {step}; {error}") from None
         raise
 
 
-def take_step(keeper: Keeper, optimizer, rows: Mixture, config: TrainConfig, step: int) -> dict:
-    """One optimizer step on the rows that are due.
+def take_step(
+    keeper: Keeper,
+    optimizer,
+    rows: Mixture,
+    config: TrainConfig,
+    ranks: Ranks,
+    step: int,
+) -> dict:
+    """One optimizer step on the rows that are due, of which each rank takes its part.
 
-    The loss is the sum over the valid targets of all micro-batches by their number, so that
-    accumulation gives the gradient of one large batch; targets that are kept have their weight.
+    The loss is the sum over the valid targets of all ranks and micro-batches by their number, so
+    that accumulation gives the gradient of one large batch; targets that are kept have their
+    weight.
     """
     size, micro_batches = config.batch_size, config.gradient_accumulation_steps
-    first = step * micro_batches
-    batches = [rows.batch((first + micro) * size, size) for micro in range(micro_batches)]
-    valid = sum(batch.counted for batch in batches)
+    first, part = step * micro_batches, (ranks.rank, ranks.size)
+    batches = [rows.batch((first + micro) * size, size, part) for micro in range(micro_batches)]
+    amounts = _amounts(batches, ranks)
+    valid, kept_targets = amounts.pop("valid"), amounts.pop("kept")
     if not valid:
         raise ValueError(f"step {step + 1}: a batch without a single valid target")
-    loss = torch.zeros((), device=keeper.model.norm.device)
-    kept_loss = torch.zeros_like(loss)
-    for batch in batches:
+    losses = torch.zeros(2, device=keeper.model.norm.device)
+    for number, batch in enumerate(batches, 1):
+        begin_micro_batch(keeper.model, config.shard, last=number == micro_batches)
         learnt, kept = keeper.losses(batch)
         summed = learnt if batch.kept is None else learnt + keeper.weight * kept
         (summed / valid).backward()
-        loss += summed.detach() / valid
-        kept_loss += kept.detach()
+        losses += torch.stack([summed.detach() / valid, kept.detach()])
+    loss, kept_loss = ranks.add_up(losses)
     learning_rate = schedule(config, step)
     norm = optimizer.step(learning_rate, loss, step + 1)
     metrics = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": learning_rate}
-    kept = sum(batch.kept.counted for batch in batches if batch.kept is not None)
-    if kept:
-        metrics |= {"kept_loss": kept_loss.item() / kept, "kept_weight": keeper.weight}
-    return {**metrics, **_amounts(batches)}
+    if kept_targets:
+        metrics |= {"kept_loss": kept_loss.item() / kept_targets, "kept_weight": keeper.weight}
+    return {**metrics, **amounts}
 
 
-def _amounts(batches) -> dict:
-    """The tokens of a step; of packed rows also how many documents, and the share of padding."""
-    room = sum(batch.tokens.numel() for batch in batches)
-    padding = sum(batch.padding for batch in batches)
-    amounts = {"tokens": room - padding}
-    if batches[0].documents is not None:
-        documents = sum(batch.documents for batch in batches)
-        amounts |= {"documents": documents, "padding": padding / room}
-    return amounts
+def _amounts(batches, ranks: Ranks) -> dict:
+    """Of a step on all ranks: the targets that count, those of them that are kept, and the tokens;
+    of packed rows also how many documents, and the share of padding."""
+    packed = batches[0].documents is not None
+    valid, kept, room, padding, documents = ranks.sum(
+        sum(batch.counted for batch in batches),
+        sum(batch.kept.counted for batch in batches if batch.kept is not None),
+        sum(batch.tokens.numel() for batch in batches),
+        sum(batch.padding for batch in batches),
+        sum(batch.documents for batch in batches) if packed else 0,
+    )
+    amounts = {"valid": int(valid), "kept": int(kept), "tokens": int(room - padding)}
+    return amounts | ({"documents": int(documents), "padding": padding / room} if packed else {})
 
 
-def freeze(model: Llama, trainable: str) -> None:
-    """Leave only what is named trainable: "new_blocks" or "all"."""
-    if trainable == "all":
-        model.requires_grad_(True)
-    else:
-        model.train_new_blocks_only()
-
-
-def policies(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> list[str]:
-    """What backward recomputes in each block; planned before a weight is loaded."""
+def policies(
+    config: TrainConfig, shape: LlamaConfig, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[str, list[str]]:
+    """How ranks share the model, and what backward recomputes in each block; planned before a
+    weight is loaded."""
+    layout = "none" if config.shard == "auto" and ranks.size > 1 else config.shard
     if config.memory is None:
-        return ["none"] * shape.num_hidden_layers
+        return layout, ["none"] * shape.num_hidden_layers
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
-    sizes = config.batch_size, config.seq_len, getattr(torch, config.dtype), device.type
+    sizes = config.batch_size // ranks.size, config.seq_len, getattr(torch, config.dtype)
     kept = distilled_share(config)
-    work = planner.Workload(shape, trainable, *sizes, config.frozen, kept=kept)
+    work = planner.Workload(shape, trainable, *sizes, device.type, config.frozen, kept=kept)
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     limit = planner.usable(config.memory) - libraries - _held_to_compare(config, shape, device)
     try:
-        return planner.choose_recompute(work, limit)
+        return layout, planner.choose_recompute(work, limit)
     except ValueError as error:
         error = f"{error}{_other_form(work, limit)}"
         raise ValueError(
@@ -237,7 +273,7 @@ def _evaluate(run, heldout: dict[str, TokenDataset], base, step: int, progress: 
     to the reader; what is lost steers the weight of what is kept."""
     config, keeper = run.config, run.keeper
     found = {
-        name: perplexity(run.model, rows, config.eval_tokens, base=base.get(name))
+        name: perplexity(run.model, rows, config.eval_tokens, base=base.get(name), ranks=run.ranks)
         for name, rows in heldout.items()
     }
     values = {name: result["perplexity"] for name, result in found.items()}

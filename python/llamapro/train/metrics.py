@@ -15,18 +15,23 @@ log = logging.getLogger("llamapro")
 
 
 class Metrics:
-    """The open file. Lines that cannot be written wait in memory for the next one."""
+    """The open file. Lines that cannot be written wait in memory for the next one.
 
-    def __init__(self, path: Path):
+    path: None for ranks that keep in mind what the first one writes.
+    """
+
+    def __init__(self, path: Path | None):
         self.path = path
         self.evaluations: list[dict] = []
         self.recent: deque[dict] = deque(maxlen=WINDOW)
         self.unwritten: list[str] = []
-        self.written = path.stat().st_size if path.exists() else 0
+        self.written = path.stat().st_size if path is not None and path.exists() else 0
 
     def append(self, record: dict) -> None:
         """Write a line, or say that it could not be written."""
         self._remember(record)
+        if self.path is None:
+            return
         self.unwritten.append(json.dumps(record) + "\n")
         try:
             self.flush()
@@ -54,7 +59,7 @@ class Metrics:
 
     def sync(self) -> None:
         """Wait until what is written is on the disk."""
-        if self.path.exists():
+        if self.path is not None and self.path.exists():
             storage.sync(self.path)
 
     def z_scores(self, metrics: dict) -> dict[str, float]:
@@ -77,6 +82,10 @@ class Metrics:
         An evaluation that it did not carry is dropped too, and can be made again: nothing has
         proven the model that was evaluated.
         """
+        if self.path is None:
+            for record in carried:
+                self._remember(record)
+            return
         found = {_place(record): record for record in self.read() if record["step"] <= step}
         wrong = sum(found.get(_place(record)) != record for record in carried)
         found = {place: record for place, record in found.items() if "loss" in record}

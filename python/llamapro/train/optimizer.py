@@ -4,6 +4,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from llamapro.model import Llama
+from llamapro.ranks import local, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -12,8 +13,10 @@ class Optimizer:
     """AdamW on fp32 masters of the trainable parameters; nothing exists for frozen ones.
 
     A parameter that is fp32 is its own master. Others hand each gradient to their master as soon
-    as it is complete and drop it, so micro-batches add up in fp32. The formula is torch.optim's;
-    its class would load the compiler, 75 MB of a process that may never compile.
+    as it is complete and drop it, so micro-batches add up in fp32. One that is sharded, see
+    `llamapro.train.parallel`, has its master and moments sharded alike, and each rank steps its
+    own. The formula is torch.optim's; its class would load the compiler, 75 MB of a process that
+    may never compile.
     """
 
     def __init__(self, model: Llama, *, max_grad_norm: float, weight_decay: float, betas):
@@ -61,15 +64,15 @@ class Optimizer:
         step is queued. Then it is a FloatingPointError.
         """
         held = {n: m for n, (_, m) in self.pairs.items() if m.grad is not None}
-        norm = torch.nn.utils.get_total_norm([master.grad for master in held.values()])
+        norm = whole(torch.nn.utils.get_total_norm([master.grad for master in held.values()]))
         finite = norm.isfinite() & loss.isfinite()
         for decay, matrices in ((self.weight_decay, True), (0.0, False)):
             names = [name for name, master in held.items() if (master.dim() > 1) == matrices]
             masters = [held[name] for name in names]
             adamw(
-                masters,
-                [master.grad for master in masters],
-                *([self.moments[name][kind] for name in names] for kind in MOMENTS),
+                [local(master) for master in masters],
+                [local(master.grad) for master in masters],
+                *([local(self.moments[name][kind]) for name in names] for kind in MOMENTS),
                 [],
                 [self.steps[name] for name in names],
                 fused=True,
@@ -104,16 +107,12 @@ class Optimizer:
     def check_finite(self, step: int) -> None:
         """Raise FloatingPointError, and name it, for a master or moment that is not finite."""
         state = self.state()
-        finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
+        finite = torch.stack([local(t).isfinite().all() for t in state.values()]).tolist()
         for name, good in zip(state, finite, strict=True):
             if not good:
                 raise FloatingPointError(
                     f"step {step}: {name} has values that are not finite; it was not saved"
                 )
-
-    def shapes(self) -> dict[str, tuple]:
-        """What `state` will hold."""
-        return {name: tensor.shape for name, tensor in self.state().items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor], step: int) -> None:

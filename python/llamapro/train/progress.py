@@ -1,5 +1,6 @@
 """What a run says while it works: a progress bar on a terminal, plain lines elsewhere."""
 
+import io
 import os
 import sys
 import time
@@ -11,12 +12,13 @@ OUTLIER = 5.0  # standard deviations
 
 
 class Progress:
-    """Shows step, loss, learning rate, tokens/s and the remaining time."""
+    """Shows step, loss, learning rate, tokens/s and the remaining time; a `quiet` rank, for which
+    another speaks, shows nothing."""
 
-    def __init__(self, steps: int, start: int = 0):
+    def __init__(self, steps: int, start: int = 0, *, quiet: bool = False):
         self.steps, self.first = steps, start
         self.began = self.said = 0.0
-        self.output = Output(sys.stdout)
+        self.output = Output(io.StringIO() if quiet else sys.stdout)
         self.bar = _bar(steps, start, self.output) if self.output.isatty() else None
 
     def step(self, record: dict) -> None:

@@ -2,75 +2,71 @@
 
 run/config.json             the TrainConfig
 run/metrics.jsonl           a line per step and per evaluation
-run/checkpoints/step-*/     masters, AdamW's moments, place and random state, what metrics go on
-                            from, and digests of all of it; the newest two
+run/checkpoints/step-*/     what a run goes on from, see `train.checkpoint`
 run/final/                  the trained model, a plain Hugging Face directory
 run/summary.json            what came out
 """
 
 import base64
-import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from llamapro import storage
+from llamapro.config import stock_shapes
 from llamapro.data.mixture import absolute
 from llamapro.frozen import FORMS
 from llamapro.hardware import environment, pick_device, pick_dtype
-from llamapro.hf import Checkpoint, entries_of, write_model, write_safetensors
-from llamapro.model import stock_tensors
-from llamapro.model_files import CheckpointError
-from llamapro.proof import combined, difference, digest, digests, fingerprint
+from llamapro.hf import Checkpoint, write_model
+from llamapro.proof import combined, difference, digest
+from llamapro.ranks import ALONE, Ranks
+from llamapro.train import checkpoint, sharded
+from llamapro.train.checkpoint import checkpoints
 from llamapro.train.config import with_keep_data
 from llamapro.train.metrics import Metrics
+from llamapro.train.parallel import Frozen, held_whole, release_gathered
 from llamapro.train.trackers import Trackers
 from llamapro_kernels import FrozenMatrix
 
-KEPT = 2
 RETRIES = 10  # of a checkpoint that could not be written, one after each step
 # What runs did before there was a choice.
 BEFORE = {"frozen": FORMS[0], "packing": "wrapped", "keep": None, "keep_data": None}
 BEFORE |= {"keep_loss": "kl", "keep_within": None}
-MAY_DIFFER = (
-    "out",
-    "device",
-    "memory",
-    "verify",
-    "report_to",
-)  # settings that a resumed run may change
+# Settings that a resumed run may change.
+MAY_DIFFER = ("out", "device", "memory", "verify", "report_to", "shard", "timeout")
 log = logging.getLogger("llamapro")
 
 
 class Run:
     """A run, with its settings settled: `start` and `resume` look at everything that can be wrong
-    with them and write nothing; `open` makes the directory, or takes the one that is there."""
+    with them and write nothing; `open` makes the directory, or takes the one that is there. Of
+    several ranks, the first alone writes, but for checkpoints."""
 
-    def __init__(self, config, resumed: bool):
+    def __init__(self, config, resumed: bool, ranks: Ranks):
         self.config, self.resumed, self.path = config, resumed, Path(config.out)
-        self.trackers, self.failures = Trackers(config.report_to), 0
+        self.trackers, self.failures = Trackers(config.report_to if ranks.first else ()), 0
+        self.ranks = ranks
 
     @classmethod
-    def start(cls, config) -> "Run":
+    def start(cls, config, ranks: Ranks = ALONE) -> "Run":
         """A new run: paths are whole, and dtype "auto" is one. Raises FileExistsError."""
         if Path(config.out).exists():
             raise FileExistsError(f"{config.out} exists: resume it, or name a new run directory")
         config = _whole(with_keep_data(config))
         if config.dtype == "auto":
             config = replace(config, dtype=pick_dtype(pick_device(config.device)))
-        return cls(config, False)
+        return cls(config, False, ranks)
 
     @classmethod
-    def resume(cls, config) -> "Run":
+    def resume(cls, config, ranks: Ranks = ALONE) -> "Run":
         """The run at config.out, with the dtype that it was started with.
 
         Raises FileNotFoundError or ValueError when it is no run, ValueError for other settings.
@@ -80,33 +76,48 @@ class Run:
         if config.dtype == "auto":
             config = replace(config, dtype=started["dtype"])
         _check_same(config, started)
-        return cls(config, True)
+        return cls(config, True, ranks)
 
     @contextmanager
-    def open(self, model, optimizer, rows, data: dict[str, str], keeper) -> Iterator[int]:
+    def open(
+        self, model, frozen: Frozen, optimizer, rows, data: dict[str, str], keeper
+    ) -> Iterator[int]:
         """Make or take the directory, go back to the newest checkpoint, and give its step, 0 when
         there is none. The model is as it was loaded.
 
         data: a fingerprint of each set's tokens, by name. Raises BlockingIOError when another
         process works on the run, and as `restore`.
         """
+        with ExitStack() as held:
+            own = self._own_directory()
+            self.ranks.of_first(lambda: held.enter_context(own))
+            self.model, self.optimizer, self.rows, self.data = model, optimizer, rows, data
+            self.keeper, self.frozen = keeper, frozen
+            self.metrics = Metrics(self.path / "metrics.jsonl" if self.ranks.first else None)
+            self.environment = environment(model.norm.device)
+            if self.ranks.size > 1:
+                self.environment["ranks"] = self.ranks.size
+            step = self.restore()
+            self.trackers.start(self.path, asdict(self.config))
+            held.callback(self.trackers.end)
+            self.writer = self._writer()
+            held.callback(self.writer.close)
+            yield step
+
+    @contextmanager
+    def _own_directory(self) -> Iterator[None]:
         if not self.resumed:
             with storage.new_directory(self.path) as directory:
                 storage.write_json(directory / "config.json", asdict(self.config))
         with storage.lock(self.path):
             for partial in (self.path / "checkpoints").glob(".*.partial"):
                 shutil.rmtree(partial)
-            self.model, self.optimizer, self.rows, self.data = model, optimizer, rows, data
-            self.keeper = keeper
-            self.metrics = Metrics(self.path / "metrics.jsonl")
-            self.frozen = fingerprint(model)
-            self.environment = environment(model.norm.device)
-            step = self.restore()
-            self.trackers.start(self.path, asdict(self.config))
-            try:
-                yield step
-            finally:
-                self.trackers.end()
+            yield
+
+    def _writer(self):
+        if self.ranks.size == 1:
+            return checkpoint.Writer()
+        return sharded.ShardedWriter(self.ranks, self.config.timeout)
 
     def append(self, record: dict) -> None:
         """Put a line into metrics.jsonl, and tell the trackers."""
@@ -118,7 +129,7 @@ class Run:
         step. Raises OSError when it was the last chance, or has failed too often, and as
         `write_checkpoint`."""
         try:
-            self.write_checkpoint(step)
+            self.write_checkpoint(step, last=last)
             self.failures = 0
         except OSError as error:
             self.failures += 1
@@ -130,34 +141,28 @@ class Run:
                 ) from None
             log.warning("no checkpoint of step %d could be written: %s; %s", step, error, newest)
 
-    def write_checkpoint(self, step: int) -> None:
-        """Write a checkpoint, whole or not at all, then drop all but the newest two.
+    def write_checkpoint(self, step: int, *, last: bool = False) -> None:
+        """Write a checkpoint, whole or not at all, then drop all but the newest two; several ranks
+        go on before it is whole, unless it is the last.
 
         Raises RuntimeError when what is frozen has changed, FloatingPointError for a master or a
-        moment that is not finite, and OSError when it cannot be written.
+        moment that is not finite, and OSError when it, or the one before, cannot be written.
         """
         self._check_frozen(step)
-        self.optimizer.check_finite(step)
-        tensors = self.optimizer.state()
-        entries = entries_of(tensors)
+        self.ranks.agree(lambda: self.optimizer.check_finite(step))
         state = {
             "step": step,
-            "frozen": self.frozen,
+            "frozen": self.frozen.digests,
             "data": self.data,
             "rows": self.rows.taken,
             "kept_weight": self.keeper.weight,
             "environment": self.environment,
             "metrics": self.metrics.carried(),
-            "tensors": digests(tensors),
-            "random": _random_state(),
+            "random": self.ranks.gather(_random_state()),
         }
         self.metrics.sync()
         out = self.path / "checkpoints" / f"step-{step:08d}"
-        with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
-            storage.write_json(directory / "state.json", {**state, "digest": _digest(state)})
-            write_safetensors(directory / "state.safetensors", entries)
-        for old in checkpoints(self.path)[:-KEPT]:
-            _remove(old)
+        self.writer.write(out, self.optimizer.state(), state, last=last)
 
     def restore(self) -> int:
         """Go back to the newest checkpoint and return its step; 0 when there is none.
@@ -169,48 +174,73 @@ class Run:
         if not saved:
             self.metrics.restore(-1, [])
             return 0
-        state, tensors = _read(saved, self.optimizer.shapes())
-        changed = difference(state["frozen"], self.frozen)
+        state, tensors = self.ranks.agree(lambda: self._read(saved))
+        if tensors is None:
+            tensors = sharded.read_tensors(saved[-1], self.optimizer.state(), self.ranks)
+        before = {"ranks": 1, **state["environment"]}
+        changed = [
+            f"{name} was {before.get(name)}, is {now}"
+            for name, now in {"ranks": 1, **self.environment}.items()
+            if before.get(name) != now
+        ]
+        if changed:
+            log.warning("resumed: %s, so the bits may differ", ", ".join(changed))
+        release_gathered(self.model)
+        self.optimizer.load_state(tensors, state["step"])
+        if "rows" in state:  # otherwise written when there was one corpus: its rows are counted
+            self.rows.taken = list(state["rows"])
+        self.keeper.weight = state.get("kept_weight", 1.0)
+        self._restore_random_state(state["random"])
+        self.metrics.restore(state["step"], state["metrics"])
+        return state["step"]
+
+    def _read(self, saved: list[Path]) -> tuple[dict, dict | None]:
+        """The newest checkpoint's state and tensors; of one that ranks wrote, only the state."""
+        like, tensors = self.optimizer.state(), None
+        with checkpoint.damage_said(saved):
+            state = checkpoint.read_state(saved[-1])
+            if "files" in state:
+                sharded.check(saved[-1], state, like, self.ranks)
+            else:
+                tensors = checkpoint.read_tensors(saved[-1], state, like)
+        changed = difference(state["frozen"], self.frozen.digests)
         if changed:
             raise ValueError(f"{self.config.model} differs from the run's: {changed}")
         for name, hashed in state["data"].items():
             if self.data[name] != hashed:
                 raise ValueError(f"the data of {name!r} differ from those of the run")
-        changed = [
-            f"{name} was {state['environment'].get(name)}, is {now}"
-            for name, now in self.environment.items()
-            if state["environment"].get(name) != now
-        ]
-        if changed:
-            log.warning("resumed: %s, so the bits may differ", ", ".join(changed))
-        self.optimizer.load_state(tensors, state["step"])
-        if "rows" in state:  # otherwise written when there was one corpus: its rows are counted
-            self.rows.taken = list(state["rows"])
-        self.keeper.weight = state.get("kept_weight", 1.0)
-        _set_random_state(state["random"])
-        self.metrics.restore(state["step"], state["metrics"])
-        return state["step"]
+        return state, tensors
+
+    def _restore_random_state(self, saved: list[dict[str, str]] | dict[str, str]) -> None:
+        """Of other numbers of ranks there is no state to go on from: that of the start stays."""
+        of_ranks = [saved] if isinstance(saved, dict) else saved  # of runs before there were any
+        if len(of_ranks) == self.ranks.size:
+            _set_random_state(of_ranks[self.ranks.rank])
 
     def finish(self, peak_memory: int) -> dict:
         """Write the final model and the summary, which is returned."""
+        self._check_frozen(self.config.steps)  # again: the last evaluation may have come since
+        peak_memory = max(self.ranks.gather(peak_memory))
+        return self.ranks.of_first(lambda: self._write_results(peak_memory))
+
+    def _write_results(self, peak_memory: int) -> dict:
         if (self.path / "summary.json").exists():
             return storage.read_json(self.path / "summary.json")
-        self._check_frozen(self.config.steps)  # again: the last evaluation may have come since
         self.metrics.flush()
-        final, model = self.path / "final", self.model
-        if not final.exists():
-            save_trained(model, Checkpoint(self.config.model), final, self.frozen)
+        if not (self.path / "final").exists():
+            self._write_final(self.path / "final")
+        model = self.model
         evaluations = self.metrics.evaluations
         rates = sorted(r["tokens_per_second"] for r in self.metrics.read() if "loss" in r)
         summary = {
             "config": asdict(self.config),
-            "dtype": str(model.norm.dtype).removeprefix("torch."),
+            "dtype": self.config.dtype,
             "device": str(model.norm.device),
-            "parameters": sum(t.shape.numel() for t in stock_tensors(model).values()),
+            "parameters": sum(map(math.prod, stock_shapes(model.config).values())),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "tokens_per_second": rates[len(rates) // 2],
             "peak_memory_bytes": peak_memory,
-            "frozen_fingerprint": combined(self.frozen),
+            "frozen_fingerprint": combined(self.frozen.digests),
             "environment": self.environment,
             "perplexity_before": evaluations[0]["perplexity"],
             "perplexity_after": evaluations[-1]["perplexity"],
@@ -221,9 +251,23 @@ class Run:
         return summary
 
     def _check_frozen(self, step: int) -> None:
-        changed = difference(self.frozen, fingerprint(self.model))
-        if changed:
-            raise RuntimeError(f"step {step}: what is frozen changed: {changed}; it was not saved")
+        def check():
+            changed = self.frozen.changed()
+            if changed:
+                raise RuntimeError(
+                    f"step {step}: what is frozen changed: {changed}; it was not saved"
+                )
+
+        self.ranks.agree(check)
+
+    def _write_final(self, out: Path) -> None:
+        """The trained model; of ranks, from the shards of the last checkpoint."""
+        dtype, held = getattr(torch, self.config.dtype), held_whole(self.model)
+        trained = {name: t.detach for name, t in held.items() if t.requires_grad}
+        if self.ranks.size > 1:
+            trained = sharded.trained_tensors(checkpoints(self.path)[-1], self.model, dtype)
+        base = Checkpoint(self.config.model)
+        save_trained(self.model.config, base, out, dtype, trained, held, self.frozen.digests)
 
 
 def settings(run) -> dict:
@@ -277,81 +321,35 @@ def _check_same(config, started: dict) -> None:
         raise ValueError(f"{config.out}: a resumed run keeps its settings: {said}")
 
 
-def checkpoints(run) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folders = (Path(run) / "checkpoints").glob("step-" + "[0-9]" * 8)
-    return sorted(folder for folder in folders if folder.is_dir())
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint, of which half must not look whole; one that stays is said."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        os.rename(folder, partial)
-        shutil.rmtree(partial)
-    except OSError as error:
-        log.warning("an old checkpoint could not be removed: %s", error)
-
-
-def _read(saved: list[Path], shapes: dict[str, tuple]) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The newest checkpoint's state and tensors, which must have these names and shapes, in fp32,
-    and the digests that were taken when they were saved."""
-    folder = saved[-1]
-    try:
-        state = storage.read_json(folder / "state.json")
-        _check_digest(state)
-        storage.check_regular(folder / "state.safetensors")
-        tensors = load_file(folder / "state.safetensors")
-        expected = {name: (tuple(shape), torch.float32) for name, shape in shapes.items()}
-        got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        wrong = sorted(name for name in expected | got if expected.get(name) != got.get(name))
-        if wrong:
-            name = wrong[0]
-            raise ValueError(f"{name}: {expected.get(name)} expected, got {got.get(name)}")
-        changed = difference(state["tensors"], digests(tensors))
-        if changed:
-            raise ValueError(f"state.safetensors: the digest of {changed}")
-        return state, tensors
-    except (OSError, ValueError, SafetensorError) as error:
-        instead = f"go on from {saved[-2].name}" if len(saved) > 1 else "start anew"
-        said = storage.one_line(error)
-        raise CheckpointError(f"{folder} is damaged: {said}; remove it to {instead}") from None
-
-
-def _check_digest(state) -> None:
-    """Raise ValueError unless this is what `write_checkpoint` wrote."""
-    said, got = state.get("digest"), _digest({k: v for k, v in state.items() if k != "digest"})
-    if said != got:
-        raise ValueError(f"state.json: the digest {got} expected, got {said}")
-
-
-def _digest(state: dict) -> str:
-    text = json.dumps(state, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def save_trained(model, base: Checkpoint, out: Path, frozen: dict[str, str]) -> None:
+def save_trained(
+    config,
+    base: Checkpoint,
+    out: Path,
+    dtype: torch.dtype,
+    trained: dict[str, Callable[[], torch.Tensor]],
+    held: dict,
+    frozen: dict[str, str],
+) -> None:
     """The model in the base's dtypes; frozen tensors are the base's own bytes.
 
-    Raises RuntimeError when these are no longer what was trained with, of which `frozen` has the
-    digests.
+    trained: what gives each trained tensor, by stock name. Raises RuntimeError when the others, as
+    the files have them, are no longer what was trained with: of those in 8 bits the matrices that
+    are `held`, of those in `dtype` the digests `frozen`.
     """
-    tensors = stock_tensors(model)
 
     def value(entry):
-        tensor = tensors[entry.name]
-        if tensor.requires_grad:
-            return tensor.detach()
-        kept = entry.load()
-        held = kept.to(model.norm.dtype)
-        in_8_bits = isinstance(tensor, FrozenMatrix)
-        if not (tensor.holds(held) if in_8_bits else digest(held) == frozen[entry.name]):
+        if entry.name in trained:
+            return trained[entry.name]()
+        kept, matrix = entry.load(), held.get(entry.name)
+        read = kept.to(dtype)
+        in_8_bits = isinstance(matrix, FrozenMatrix)
+        if not (matrix.holds(read) if in_8_bits else digest(read) == frozen[entry.name]):
             raise RuntimeError(f"{base.path}: {entry.name} changed during the run")
         return kept
 
     entries = [replace(e, load=lambda e=e: value(e)) for e in base.tensors.values()]
     with storage.new_directory(out, needs=sum(e.nbytes for e in entries)) as directory:
-        write_model(directory, model.config, entries, files_from=base.path)
+        write_model(directory, config, entries, files_from=base.path)
 
 
 def _random_state() -> dict[str, str]:

@@ -10,16 +10,19 @@ from dataclasses import asdict
 TRAIN = """
 import json, sys
 from llamapro.command_line import said_in_one_line
+from llamapro.ranks import started
 from llamapro.train.config import TrainConfig
 from llamapro.train.loop import train
-config, resume = json.loads(sys.argv[1])
-with said_in_one_line():
-    train(TrainConfig(**config), resume=resume)
+configs = [TrainConfig(**settings) for settings in json.loads(sys.argv[1])]
+with said_in_one_line(), started("cpu", configs[0].timeout):
+    for config in configs:
+        train(config, resume="--resume" in sys.argv)
 """
 
 
-def start(config, count, *, resume=False, code=TRAIN, changes=(), **environment):
-    """Processes of ranks that train; changes: settings of some of them, by rank."""
+def start(configs, count, *, resume=False, code=TRAIN, changes=None, **environment):
+    """Processes of ranks that train, one run after the other; changes: other settings of some of
+    the ranks, by rank."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -27,11 +30,12 @@ def start(config, count, *, resume=False, code=TRAIN, changes=(), **environment)
     world |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": 1, **environment}
     processes = []
     for rank in range(count):
-        settings = {**asdict(config), **dict(changes).get(rank, {})}
+        settings = [{**asdict(config), **(changes or {}).get(rank, {})} for config in configs]
+        arguments = [json.dumps(settings), *["--resume"] * resume]
         own = {**world, "RANK": rank, "LOCAL_RANK": rank}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", code, json.dumps([settings, resume])],
+                [sys.executable, "-c", code, *arguments],
                 env={**os.environ, **{name: str(value) for name, value in own.items()}},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -41,8 +45,8 @@ def start(config, count, *, resume=False, code=TRAIN, changes=(), **environment)
     return processes
 
 
-def ended(processes, timeout=120):
-    """[(exit status, standard output, standard error)] by rank."""
+def ended(processes, timeout=180):
+    """(exit status, standard output, standard error) of each rank."""
     found = []
     for process in processes:
         output, errors = process.communicate(timeout=timeout)
@@ -50,8 +54,9 @@ def ended(processes, timeout=120):
     return found
 
 
-def train_together(config, count, **options):
-    """Trains on so many ranks, and gives the standard output of the first."""
-    results = ended(start(config, count, **options))
+def train_together(configs, count, **options):
+    """Train on so many ranks, to the end; gives what the first one says."""
+    results = ended(start(configs, count, **options))
     assert [status for status, *_ in results] == [0] * count, results
+    assert not any(output for _, output, _ in results[1:])
     return results[0][1]

@@ -4,25 +4,62 @@ from dataclasses import replace
 
 import pytest
 import torch
+from llamapro import Llama
 from llamapro.train.loop import train
 from run_files import records
 from run_ranks import train_together
 from safetensors.torch import load_file
+
+COUNTS = (2, 4)
+
+
+@pytest.fixture
+def runs(config, tmp_path, token_data):
+    """Configurations by name, of 10 steps on a model in fp32."""
+    model = Llama.from_pretrained(config.model, torch.float32)
+    path = str(model.save_pretrained(tmp_path / "in_fp32"))
+    other = str(token_data("other", train=2000, top=50))
+    base = replace(config, model=path, dtype="float32", batch_size=4, steps=10, eval_every=5)
+    kept = replace(base, keep=0.25, keep_data=other)
+    return {
+        "packed": base,
+        "wrapped": replace(base, packing="wrapped"),
+        "all": replace(base, trainable="all"),
+        "kept": kept,
+        "kept all": replace(kept, trainable="all"),
+        "8bit": replace(base, frozen="8bit"),
+    }
+
+
+def variant(runs, name, **changes):
+    return [replace(c, out=f"{c.out}/{key} {name}", **changes) for key, c in runs.items()]
 
 
 def losses(config):
     return torch.tensor([*records(config).values()], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("shard", ["none", "full"])
-@pytest.mark.parametrize("count", [2, 4])
-def test_ranks_train_as_one_does(config, tmp_path, shard, count):
-    config = replace(config, dtype="float32", batch_size=4, shard=shard)
-    train(config)
-    together = replace(config, out=str(tmp_path / "together"))
-    print(train_together(together, count))
-    print(losses(config) - losses(together))
-    torch.testing.assert_close(losses(together), losses(config), rtol=1e-5, atol=0)
-    a, b = (load_file(f"{c.out}/final/model.safetensors") for c in (config, together))
-    for n in a:
-        torch.testing.assert_close(a[n], b[n], rtol=1e-4, atol=1e-6)
+def weights(config):
+    tensors = load_file(f"{config.out}/final/model.safetensors").values()
+    return torch.cat([t.flatten().double() for t in tensors])
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_ranks_train_as_one_does(runs):
+    """To what fp32 rounds: as near to one rank's run as that is to itself in smaller batches."""
+    one = variant(runs, "one")
+    smaller = variant(runs, "smaller", batch_size=1, gradient_accumulation_steps=8)
+    for config in (*one, *smaller):
+        train(config)
+    for shard in ("none", "full"):
+        these = {n: c for n, c in runs.items() if not (shard == "full" and n == "8bit")}
+        for count in COUNTS:
+            together = variant(these, f"{count} {shard}", shard=shard)
+            train_together(together, count)
+            for name, a, b, c in zip(runs, together, one, smaller):
+                print(name, count, shard, [(distance(f(a), f(b)), distance(f(c), f(b))) for f in (losses, weights)],
+                  distance(*[torch.tensor([p["domain"] for p in records(x, "perplexity").values()]) for x in (a, b)]))
+    assert 0

@@ -138,7 +138,8 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
     """The rank that torchrun made this process, joined with the others while inside `with`.
 
     device: "cuda" for GPUs, one a rank, or "cpu". timeout: seconds to wait for another rank,
-    now and whenever they meet. Raises RuntimeError when one is missing.
+    now and whenever they meet. A process group that is there already is taken, and left. Raises
+    RuntimeError when a rank is missing.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -148,7 +149,9 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if rank:  # warnings are said once
         logging.getLogger("llamapro").setLevel(logging.ERROR)
-    _join(rank, size, local, device, timeout)
+    joined = torch.distributed.is_initialized()
+    if not joined:
+        _join(rank, size, local, device, timeout)
     try:
         yield Ranks(rank, size, local, restarted)
     except RuntimeError as error:
@@ -159,7 +162,8 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
             f" {one_line(error, 200)}"
         ) from None
     finally:
-        torch.distributed.destroy_process_group()
+        if not joined:
+            torch.distributed.destroy_process_group()
 
 
 def _join(rank: int, size: int, local: int, device: str, timeout: float) -> None:

@@ -1,4 +1,4 @@
-"""Every measured table of the README and of docs/, from benchmarks/results/*.json.
+"""Every measured or computed table of the README and of docs/, from benchmarks/results/*.json.
 
     python -m benchmarks.tables    # writes the files
 
@@ -24,6 +24,7 @@ KINDS = (
     "demo",
     "keep",
     "evaluation",
+    "gpus",
 )  # how a file's name begins; the others are of `benchmarks.gpu`
 README_STEPS = "step-nvidia-h200-2026-11-26.json"
 README_MODELS = ("Llama-2-7B + 8", "Llama-3.2-1B", "Llama-3.2-1B + 4")
@@ -228,6 +229,27 @@ def evaluation_page(name, report):
     return "\n".join([*lines, "", f"`python -m benchmarks.beside_hf`, {facts}"])
 
 
+def gpus() -> str:
+    """What several GPUs hold and send, computed."""
+    return "\n\n".join(gpus_page(*item) for item in results("gpus").items())
+
+
+def gpus_page(name, report):
+    head = ("model", "placement", "GPUs", "shard", "recompute", "GB a GPU", "GB sent a step")
+    lines = table((*head, "on the wire, s", "FLOPs, s", "wire / FLOPs"))
+    for row in report["rows"]:
+        wire, *one_card = row["seconds"].values()
+        about = (row[key] for key in ("model", "placement", "GPUs", "shard"))
+        again = ", ".join(f"{count} {kind}" for kind, count in row["recompute"].items())
+        held = f"{row['memory'] / 1e9:.1f}" + ("" if row["fits"] else ", does not fit")
+        time = row["FLOPs' seconds"]
+        slow = f" ({one_card[0]:.2f})" if one_card else ""
+        figures = f"{wire:.2f}{slow}", f"{time:.2f}", f"{wire / time:.1%}"
+        lines.append(cells(*about, again, held, f"{row['sent'] / 1e9:.1f}", *figures))
+    facts = "**Computed, not measured**, by `python -m benchmarks.gpus FILE`"
+    return "\n".join([*lines, "", f"{facts} {source(name)}."])
+
+
 KEPT_BY = {"kl": "KL", "ce": "cross-entropy"}
 KEPT_MODELS = {"full": "full fine-tuning"}
 KEPT_MODELS |= {where: f"+5 blocks, {where}" for where in ("interleaved", "suffix")}
@@ -243,6 +265,7 @@ TABLES = {
     "demo": demo,
     "keep": keep,
     "evaluation": evaluation,
+    "several GPUs": gpus,
 }
 
 

@@ -81,6 +81,20 @@ def test_positions_as_the_plan_prints_them(run, tiny_path, tmp_path):
     assert code == "llamapro: placement must be a name or whole numbers, got [1, '', 2]"
 
 
+def test_a_plan_for_several_gpus(run, tiny_path):
+    options = ("plan", tiny_path, "--new-blocks", 2, "--seq-len", 8, "--placement", "suffix")
+    code, out = run(*options, "--gpus", 2, "--batch-size", 4)
+    assert code is None and "| suffix    | none  |" in out and "### Sent, GB" in out
+    for more, message in {
+        ("--gpus", 2, "--batch-size", 3): "the number of GPUs divides expected, got 3 rows on 2",
+        ("--gpus", 0): "the number of GPUs divides expected, got 1 rows on 0",
+        ("--shard", "full"): "--shard full is for several GPUs: --gpus 2 or more expected, got 1",
+        ("--gpus", 1, "--shard", "none"): "--gpus 2 or more expected, got 1",
+    }.items():
+        code, out = run(*options, *more)
+        assert message in code and not out
+
+
 def test_errors_are_one_line(run, tiny_path, tmp_path):
     code, out = run("expand", tiny_path, tmp_path / "out", "--placement", "4,-1")
     assert code.startswith("llamapro: positions must be distinct") and "\n" not in code

@@ -12,7 +12,8 @@ ANYWHERE = {"storage", "hardware", "markdown"}
 LAYERS = [
     *("architectures", "config", "placement", "model_files", "tokenizer", "hf", "generate"),
     *("ranks", "frozen", "model", "proof", "decoder", "expansion", "new_block_files", "new_blocks"),
-    *("planner", "data", "eval", "train", "report_benchmarks", "report_pictures", "report"),
+    *("planner", "planner_ranks", "data", "eval", "train"),
+    *("report_benchmarks", "report_pictures", "report"),
     *("chat", "command_line", "inference", "cli", "__main__", "integrations"),
 ]
 INSIDE = {

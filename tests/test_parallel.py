@@ -60,6 +60,16 @@ def test_ranks_train_as_one_does(runs):
             together = variant(these, f"{count} {shard}", shard=shard)
             train_together(together, count)
             for name, a, b, c in zip(runs, together, one, smaller):
-                print(name, count, shard, [(distance(f(a), f(b)), distance(f(c), f(b))) for f in (losses, weights)],
-                  distance(*[torch.tensor([p["domain"] for p in records(x, "perplexity").values()]) for x in (a, b)]))
+                print(
+                    name,
+                    count,
+                    shard,
+                    [(distance(f(a), f(b)), distance(f(c), f(b))) for f in (losses, weights)],
+                    distance(
+                        *[
+                            torch.tensor([p["domain"] for p in records(x, "perplexity").values()])
+                            for x in (a, b)
+                        ]
+                    ),
+                )
     assert 0

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from llamapro import expansion, new_blocks, planner
+from llamapro import expansion, new_blocks, planner, planner_ranks
 from llamapro import report as report_module
 from llamapro.command_line import positional, said_in_one_line, tyro, with_config_file
 from llamapro.data import prepare as prepare_module
@@ -206,6 +206,8 @@ def plan(
     frozen: Literal[FORMS] | None = None,
     dtype: Literal[DTYPES[1:]] = "bfloat16",
     device: str = "auto",
+    gpus: int = 1,
+    shard: Literal[("auto", *planner_ranks.SHARDS)] = "auto",
 ) -> None:
     """What post-pre-training will cost, from the configuration alone, before a weight is loaded.
 
@@ -214,16 +216,19 @@ def plan(
         new_blocks: How many blocks are added.
         placement: Where they go; by default every placement is shown side by side.
         seq_len: How many tokens a row has.
-        batch_size: How many rows a step has.
+        batch_size: How many rows a step has, of all GPUs together.
         data: The data directory whose documents are packed in the rows, so that attention's work is
             that of their lengths; by default a row is one document.
         keep: The share of the rows on which the base is distilled, as training's keep does.
-        memory: How much memory there is, such as 80GB: blocks recompute more in backward until the
-            step fits in 95 % of it.
+        memory: How much memory a device has, such as 80GB: blocks recompute more in backward until
+            the step fits in 95 % of it.
         frozen: How the frozen matrices are held; by default in dtype, or with memory in the form
-            that fits with least recomputation. Training takes that only when told.
+            that fits with least recomputation, on one device. Training takes that only when told.
         dtype: The dtype of weights and activations.
         device: The device whose matrix products bound the speed.
+        gpus: How many GPUs share the rows: with several, memory and traffic of each one.
+        shard: What several GPUs shard: none of the base, which sends least, or all of it (full); by
+            default both are shown, and which of them training takes. 8 bits need none.
     """
     where, kind, config = pick_device(device), getattr(torch, dtype), read_config(base)
     lengths = ()
@@ -231,17 +236,21 @@ def plan(
         lengths = PackedDataset(load_tokens(data, "train", config.vocab_size), seq_len).spread
     if not 0 <= keep < 1:
         raise ValueError(f"keep must be a share from 0 to below 1, got {keep}")
-    sizes = batch_size, seq_len, kind, where.type
-    print(
-        planner.plan(
-            planner.Workload(config, None, *sizes, documents=lengths, kept=keep),
-            new_blocks,
-            PLACEMENTS if placement == "every" else (placement,),
-            limit=None if memory is None else planner.usable(memory),
-            rate=matmul_rate(where, kind, 8192 if where.type == "cuda" else 1024),
-            frozen=frozen,
-        )
+    wanted = PLACEMENTS if placement == "every" else (placement,)
+    limit = None if memory is None else planner.usable(memory)
+    if gpus != 1:
+        sizes = planner_ranks.rows_of_a_rank(batch_size, gpus), seq_len, kind, "cuda"
+        sizes += (frozen or FORMS[0],)
+        work = planner.Workload(config, None, *sizes, documents=lengths, kept=keep)
+        print(planner_ranks.plan_ranks(work, new_blocks, wanted, gpus, shard, limit))
+        return
+    if shard != "auto":
+        raise ValueError(f"--shard {shard} is for several GPUs: --gpus 2 or more expected, got 1")
+    work = planner.Workload(
+        config, None, batch_size, seq_len, kind, where.type, documents=lengths, kept=keep
     )
+    rate = matmul_rate(where, kind, 8192 if where.type == "cuda" else 1024)
+    print(planner.plan(work, new_blocks, wanted, limit=limit, rate=rate, frozen=frozen))
 
 
 def report(

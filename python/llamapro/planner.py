@@ -153,12 +153,12 @@ def memory(work: Workload, recompute: list[str]) -> dict[str, int]:
     or in some block on the way down, or after them. What the allocator loses between tensors
     comes on top, and so does what the libraries take.
     """
-    fixed, peak = _fixed(work), max(_moments(work, recompute), key=sum)
+    fixed, peak = fixed_bytes(work), max(moments(work, recompute), key=sum)
     parts = fixed | dict(zip(("activations", "gradients", "loss"), peak, strict=True))
     return parts | {"total": sum(parts.values())}
 
 
-def _fixed(work):
+def fixed_bytes(work: Workload) -> dict[str, int]:
     """Bytes that are there all the time."""
     counts, size, shape = parameters(work.config), work.dtype.itemsize, block_shape(work.config)
     total = len(work.blocks) * counts["block"] + counts["rest"]
@@ -177,7 +177,7 @@ def _fixed(work):
     }
 
 
-def _moments(work, recompute):
+def moments(work: Workload, recompute: list[str]) -> list[tuple[int, int, int]]:
     """(activations and scratch, gradients, loss) in bytes, at each moment that may be the peak.
 
     The first is the loss; then come the blocks, from the last one down; then the embeddings'
@@ -185,24 +185,24 @@ def _moments(work, recompute):
     """
     shape, size, tokens = block_shape(work.config), work.dtype.itemsize, work.tokens
     counts, trained = parameters(work.config), set(work.trained)
-    saved, *scratch_of = _bytes_by_policy(work)
+    saved, *scratch_of = bytes_by_policy(work)
     rest = counts["rest"] if work.trainable is None else 0
     hidden = 3 * tokens * shape.width * size  # before and after the last norm, and their gradient
     hidden += round(work.kept * tokens) * shape.width * size  # after the base's
     chunk = chunk_bytes(tokens, work.config.vocab_size, size, work.device)
     activations, gradients = sum(saved[recompute[i]] for i in work.blocks_in_backward), 0
-    moments = [(activations, rest * GRADIENT, chunk + hidden)]
+    found = [(activations, rest * GRADIENT, chunk + hidden)]
     for i in reversed(work.blocks_in_backward):
         gradients += counts["block"] * GRADIENT * (i in trained)
         # The head's gradient waits in the model's dtype: the embeddings may add to it.
         scratch = scratch_of[i in trained][recompute[i]]
-        moments.append((activations + scratch, gradients + rest * size, 0))
+        found.append((activations + scratch, gradients + rest * size, 0))
         activations -= saved[recompute[i]]
     gradients += rest * GRADIENT
-    return [*moments, (0, gradients + 2 * rest * size, 0), (0, gradients, 0)]
+    return [*found, (0, gradients + 2 * rest * size, 0), (0, gradients, 0)]
 
 
-def _bytes_by_policy(work):
+def bytes_by_policy(work: Workload) -> tuple[dict[str, int], ...]:
     """What a block saves, and what backward of a frozen and of a trained one needs beside, each for
     each policy."""
     sizes = block_shape(work.config), work.tokens, work.dtype.itemsize
@@ -222,13 +222,14 @@ def choose_recompute(work: Workload, limit: float) -> list[str]:
     """
 
     def fits(changes):
-        return memory(work, _policies(work, changes))["total"] <= limit
+        return memory(work, policies_after(work, changes))["total"] <= limit
 
     most = (len(RECOMPUTE) - 1) * len(work.blocks_in_backward)
     if fits(most):  # no change raises the peak, so the first of them that fits is found by halving
         fewest = bisect_left(range(most), True, key=fits)
-        return _recompute_less(work, _policies(work, fewest), limit)
-    least, fixed = memory(work, _policies(work, most))["total"], sum(_fixed(work).values())
+        return _recompute_less(work, policies_after(work, fewest), limit)
+    least = memory(work, policies_after(work, most))["total"]
+    fixed = sum(fixed_bytes(work).values())
     raise ValueError(
         f"a batch of {work.batch} x {work.length} tokens needs at least {least / 1e9:.2f}"
         f" GB, {fixed / 1e9:.2f} of them for weights and optimizer, got {limit / 1e9:.2f} GB"
@@ -255,7 +256,7 @@ def cheapest(
     return min(found, key=lambda pair: flops(*pair)["recomputed"])
 
 
-def _policies(work, changes):
+def policies_after(work: Workload, changes: int) -> list[str]:
     """The policies after so many changes to the next one, each of the lowest block that is due."""
     count = len(work.blocks_in_backward)
     level, changed = divmod(changes, count)
@@ -269,9 +270,9 @@ def _recompute_less(work, recompute, limit):
     More bytes saved by a block raise its own moment and all before it: the loss, and the blocks
     above. Those are tracked by their peak, and by what was added to all of them so far.
     """
-    fixed, recompute, added = sum(_fixed(work).values()), list(recompute), 0
-    saved, *scratch_of = _bytes_by_policy(work)
-    totals = [fixed + sum(moment) for moment in _moments(work, recompute)]
+    fixed, recompute, added = sum(fixed_bytes(work).values()), list(recompute), 0
+    saved, *scratch_of = bytes_by_policy(work)
+    totals = [fixed + sum(moment) for moment in moments(work, recompute)]
     peaks = list(accumulate(totals, max))
     last = len(work.blocks) - 1
     for i in work.blocks_in_backward:

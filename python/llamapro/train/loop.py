@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llamapro import planner
+from llamapro import planner, planner_ranks
 from llamapro.config import LlamaConfig
 from llamapro.data.mixture import Mixture, corpora
 from llamapro.data.packing import open_rows
@@ -97,11 +97,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> dict:
 
 def _settled(config: TrainConfig, resume: bool, ranks: Ranks) -> Run:
     """A run that torchrun starts anew, after a rank died, goes on."""
-    if config.batch_size % ranks.size:
-        raise ValueError(
-            f"rows of a micro-batch that {ranks.size} ranks can share expected, got a batch_size of"
-            f" {config.batch_size}"
-        )
+    planner_ranks.rows_of_a_rank(config.batch_size, ranks.size)
     again = ranks.restarted and (Path(config.out) / "config.json").exists()
     return (Run.resume if resume or again else Run.start)(config, ranks)
 
@@ -207,24 +203,47 @@ def policies(
     config: TrainConfig, shape: LlamaConfig, device: torch.device, ranks: Ranks = ALONE
 ) -> tuple[str, list[str]]:
     """How ranks share the model, and what backward recomputes in each block; planned before a
-    weight is loaded."""
-    layout = "none" if config.shard == "auto" and ranks.size > 1 else config.shard
-    if config.memory is None:
-        return layout, ["none"] * shape.num_hidden_layers
+    weight is loaded. Raises ValueError for what does not fit."""
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
     sizes = config.batch_size // ranks.size, config.seq_len, getattr(torch, config.dtype)
     kept = distilled_share(config)
     work = planner.Workload(shape, trainable, *sizes, device.type, config.frozen, kept=kept)
     libraries = resident_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    limit = planner.usable(config.memory) - libraries - _held_to_compare(config, shape, device)
+    limit = _limit(config, device, ranks)
+    if limit is not None:
+        limit -= libraries + _held_to_compare(config, shape, device)
     try:
-        return layout, planner.choose_recompute(work, limit)
+        if ranks.size == 1:
+            free = ["none"] * len(work.blocks)
+            return config.shard, free if limit is None else planner.choose_recompute(work, limit)
+        return _layout(config, work, limit, ranks)
     except ValueError as error:
-        error = f"{error}{_other_form(work, limit)}"
+        error = f"{error}{_other_form(work, limit) if ranks.size == 1 else ''}"
+        memory = config.memory or "what the GPU has"
         raise ValueError(
-            f"{error} (of {config.memory}, {1 - planner.USABLE:.0%} are kept back for what"
-            f" allocators lose, and {libraries / 1e9:.2f} GB are in use already)"
+            f"{error} (of {memory}, {1 - planner.USABLE:.0%} are kept back for what allocators"
+            f" lose, and {libraries / 1e9:.2f} GB are in use already)"
         ) from None
+
+
+def _limit(config: TrainConfig, device: torch.device, ranks: Ranks) -> float | None:
+    """Bytes that tensors may take; None where nobody said, and no layout is to be chosen."""
+    if config.memory is not None:
+        return planner.usable(config.memory)
+    if ranks.size > 1 and config.shard == "auto" and device.type == "cuda":
+        return planner.USABLE * torch.cuda.get_device_properties(device).total_memory
+    return None
+
+
+def _layout(config: TrainConfig, work, limit: float | None, ranks: Ranks) -> tuple[str, list[str]]:
+    sizes = ranks.size, config.gradient_accumulation_steps
+    if config.shard != "auto":
+        count, accumulation = sizes
+        how = work, limit, count, config.shard, accumulation
+        return config.shard, planner_ranks.choose_rank_recompute(*how)
+    if limit is None:
+        return planner_ranks.layouts(work)[0], ["none"] * len(work.blocks)
+    return planner_ranks.choose_shard(work, limit, *sizes)
 
 
 def _held_to_compare(config: TrainConfig, shape: LlamaConfig, device: torch.device) -> int:

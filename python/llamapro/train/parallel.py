@@ -105,6 +105,10 @@ def load(
     model = Llama.from_pretrained(config.model, dtype, device, config.frozen, placed=place)
     if ranks.size > 1:
         _shard_rest(model, mesh)
+        if full and config.trainable == "new_blocks":
+            first = model.blocks[model.config.new_blocks[0]]
+            # By default it gathers ahead the block below, which has no backward.
+            first.set_modules_to_backward_prefetch([first])
         torch.manual_seed(int(np.random.SeedSequence((config.seed, ranks.rank)).generate_state(1)))
     return model, Frozen(model, sharded)
 
@@ -147,11 +151,11 @@ def _shard_rest(model: Llama, mesh) -> None:
 
 
 def begin_micro_batch(model: Llama, shard: str, *, last: bool) -> None:
-    """Let gradients add up on each rank until the last micro-batch of a step; in the layout "none"
-    weights stay gathered until then."""
-    if hasattr(model, "set_requires_gradient_sync"):
+    """In the layout "none", let gradients add up on each rank, and weights stay gathered, until the
+    last micro-batch of a step; in "full" nothing is whole for longer than a block needs it."""
+    if shard == "none" and hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last or shard == "full")
+        model.set_reshard_after_backward(last)
 
 
 def release_gathered(model: Llama) -> None:

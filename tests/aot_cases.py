@@ -185,9 +185,21 @@ OPS = [op for op in CASES if "triton" in library._ops[op].implementations]
 # Elsewhere there are no such numbers, and nothing is launched in 8 bits.
 UNITS = {"sm_90", "sm_100"}
 SKIPPED = {("flash_attention", "fp32", target) for target in ("sm_80", "sm_86", "sm_100")}
-# All its launches are compiled for sm_90 in the tests, and for the other chips those that need most
-# registers and memory: a window in packed documents, and the largest heads.
-EVERYWHERE = {"flash_attention": ("bf16 128 plain packed", "bf16 256 plain causal")}
+# For sm_90 the tests compile all launches but those of the smallest tiles of that attention, for
+# other chips those of each kernel that need most registers and memory: windows in packed documents
+# and the largest heads; the widest rows that stay in registers, and those that are looped over. The
+# rest is compiled to be recorded.
+SMALLEST = "fp32 64 plain"
+EVERYWHERE = {
+    "flash_attention": ("bf16 128 plain packed", "bf16 256 plain causal"),
+    "rms_norm": ("bf16 16384", "bf16 4096 dx dweight", "bf16 32768", "bf16 576 dx dweight"),
+    "add_rms_norm": ("bf16 16384", "bf16 4096 dx dweight", "bf16 32768"),
+    "swiglu": ("fp16 14336", "bf16 11008 8 bits"),
+    "rope": ("bf16 256", "fp32 128"),
+    "quantize_rows": ("bf16 4096", "bf16 32768"),
+    "linear_cross_entropy": ("fp16 4096",),
+    "linear_kl_divergence": ("fp16 4096",),
+}
 
 
 @dataclass(frozen=True)

@@ -222,3 +222,11 @@ CASES = {
     "kl_none": kl_divergence("none", "some", own_head=True),
     "kl_all_masked": kl_divergence("mean", "all"),
 }
+
+# Those that differ from another case of their op by the mask alone: strides, dtypes and which
+# gradients are wanted are handled as there.
+BY_MASK = {
+    *("attention_full", "attention_more_keys", "attention_fewer_keys", "attention_window"),
+    *("attention_packed_window", "attention_packed_full"),
+    *("cross_entropy_all_valid", "cross_entropy_all_ignored", "kl_all_masked"),
+}

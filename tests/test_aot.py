@@ -3,9 +3,9 @@
 The launches of aot_cases.py are compiled as a real launch would compile them. No kernel may spill
 or need more memory than the chip has; matrix products must use the matrix instructions, and 16-bit
 operands the widest loads. Nor may a kernel get worse than in the table recorded in tests/aot for
-the installed minor version of Triton; for a version without a table only the limits count. Of
-attention's launches, of which there are most, those for some chips are compiled to be recorded
-alone: that of another tile is no row of the table, which has every launch.
+the installed minor version of Triton; for a version without a table only the limits count. Some
+launches are compiled to be recorded alone: `launches_compiled` says which. That of another tile is
+no row of the table, which has every launch.
 
     python tests/test_aot.py     # records the table of the installed Triton, and prints it
 

@@ -310,8 +310,16 @@ def test_expansion_is_out_of_core(tmp_path):
     assert Checkpoint(tmp_path / "out").config.num_hidden_layers == 30
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("placement", ["interleaved", "prefix", "suffix", [0, 7, 20]], ids=str)
+@pytest.mark.parametrize(
+    "placement, dtype",
+    [
+        ("interleaved", torch.bfloat16),
+        ("prefix", torch.float32),
+        ("suffix", torch.bfloat16),
+        ([0, 7, 20], torch.float32),
+    ],
+    ids=str,
+)
 def test_smollm2_expands_bit_identically(smollm2, placement, dtype):
     from llamapro.tokenizer import load_tokenizer
 

@@ -194,11 +194,11 @@ def test_flops_are_the_same(form):
 
 
 @on_linux
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_8_bits_save_is_what_was_planned(dtype):
+def test_what_8_bits_save_is_what_was_planned():
     """To 5 % of what was measured beside the same run in 16 bits."""
     base = replace(SMOLLM2, num_hidden_layers=15)
-    work = replace(workload(base, 3, "interleaved", 1, 256)[1], dtype=dtype, device="cpu")
+    work = workload(base, 3, "interleaved", 1, 256)[1]
+    work = replace(work, dtype=torch.bfloat16, device="cpu")
     recompute = ["none"] * len(work.blocks)
     forms = [replace(work, frozen=form) for form in ("bf16", "8bit-compact")]
     planned = [planner.memory(form, recompute)["total"] for form in forms]

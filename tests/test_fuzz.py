@@ -1,24 +1,21 @@
-"""Files changed at random, then read: it works, or a message of one line says why not.
+"""Files changed at random, then read, as fuzz.py has it.
 
-Whatever they hold, nothing hangs, and nothing outside their directory is opened, by Python or by
-the libraries it calls: the kernel reports every opening there. A further target is a further
-entry of TARGETS, and a fixture of its name that gives the directory to be changed.
+Nothing outside their directory is opened, by Python or by the libraries it calls: the kernel
+reports every opening there. A further target is a further entry of TARGETS, and a fixture of its
+name that gives the directory to be changed.
 """
 
 import ctypes
-import faulthandler
 import json
 import os
 import shutil
-import signal
-import struct
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzz import change_file, try_changes
 from hypothesis import strategies as st
 from llamapro import Llama, LlamaConfig
 from llamapro import expand as expand_in_memory
@@ -37,13 +34,7 @@ from row_files import write_rows
 
 tokenizers = pytest.importorskip("tokenizers")
 STEP = "checkpoints/step-00000002"
-SECONDS = 10  # for what takes a few milliseconds
-SAID_IN_ONE_LINE = (ValueError, OSError, RuntimeError, ArithmeticError, IndexError)
 IN_OPEN = 0x20  # of inotify(7)
-
-
-class Hang(BaseException):
-    """Reading did not end; no error, which a reader could catch."""
 
 
 def load_model(directory, _):
@@ -243,123 +234,6 @@ class Watch:
             return b""
 
 
-@contextmanager
-def in_time():
-    """Raise Hang after some seconds; end all where foreign code does not let Python do that."""
-
-    def stop(*_):
-        raise Hang
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def nested(levels):
-    value = 0
-    for _ in range(levels):
-        value = [value]
-    return value
-
-
-NAMES = ["../outside/model-00001-of-00002.safetensors", "../outside", "/dev/zero", ".", "", "a\nb"]
-VALUES = [
-    *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**63), 10**30, 10**400),
-    *(0.0, -0.5, 2.5, 1e-300, 1e308, float("nan"), float("inf"), "1", "x", "\0", "\ud800", "é\n\n"),
-    *("llama3", "x" * 5000, [], [[]], {}, {"": {}}, [0], [-1], ["a", 1, None], {"rope_type": []}),
-    *([10**9] * 50, nested(40), nested(400), *NAMES),
-]
-# Settings that the files do not have.
-ADDED = ["quantization_config", "layer_types", "architectures", "llama_pro", "head_dim"]
-ADDED += ["rope_scaling", "attention_dropout", "__metadata__", "padding", "added_tokens", "x\ny"]
-
-
-def keys(value):
-    return list(value) if isinstance(value, dict) else range(len(value))
-
-
-def one_of(choices, draw):
-    """By number: Hypothesis would print the whole."""
-    return choices[draw(st.integers(0, len(choices) - 1))]
-
-
-def changed_json(value, draw):
-    """Something somewhere in it is replaced, removed or added."""
-    places = [(value, key) for key in keys(value)]
-    for parent, key in places:
-        if isinstance(parent[key], dict | list):
-            places += [(parent[key], k) for k in keys(parent[key])]
-    parent, key = one_of(places, draw)
-    kind = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add", "copy"]))
-    if kind == "remove":
-        del parent[key]
-    elif kind == "add":
-        value[draw(st.sampled_from(ADDED))] = one_of(VALUES, draw)
-    elif kind == "copy":
-        other, place = one_of(places, draw)
-        parent[key] = json.loads(json.dumps(other[place]))
-    else:
-        parent[key] = one_of(VALUES, draw)
-    return value
-
-
-def change_json(content, draw):
-    return json.dumps(changed_json(json.loads(content), draw)).encode()
-
-
-def change_depth(content, draw):
-    """Deeper than the parser goes."""
-    key = draw(st.sampled_from([*json.loads(content), "x"]))
-    levels = draw(st.sampled_from([500, 100_000]))
-    return content.rstrip()[:-1] + f', "{key}": {"[" * levels}{"]" * levels}}}'.encode()
-
-
-def change_header(content, draw):
-    (length,) = struct.unpack("<Q", content[:8])
-    header = change_json(content[8 : 8 + length], draw)
-    said = draw(st.sampled_from([len(header)] * 4 + [0, len(header) - 1, 2**40, 2**64 - 1]))
-    return struct.pack("<Q", said) + header + content[8 + length :]
-
-
-def change_bytes(content, draw):
-    start = draw(st.integers(0, max(0, len(content) - 1)))
-    end = draw(st.integers(start, min(len(content), start + 8)))
-    return content[:start] + draw(st.binary(max_size=8)) + content[end:]
-
-
-def truncate(content, draw):
-    return content[: draw(st.integers(0, len(content)))]
-
-
-def contents(file, draw):
-    """Another content for the file."""
-    ways = [change_bytes, truncate]
-    if file.suffix == ".json":
-        ways += [change_json] * 6 + [change_depth]
-    elif file.suffix == ".safetensors":
-        ways += [change_header] * 4
-    file.write_bytes(draw(st.sampled_from(ways))(file.read_bytes(), draw))
-
-
-def not_a_file(file, draw):
-    """Something else in its place."""
-    file.unlink()
-    place = draw(st.sampled_from(["none", "folder", "FIFO", "link"]))
-    if place == "folder":
-        file.mkdir()
-    elif place == "FIFO":
-        os.mkfifo(file)
-    elif place == "link":
-        targets = [f"../outside/{file.name}", "../outside", "/dev/zero", file.name, "config.json"]
-        file.symlink_to(draw(st.sampled_from(targets)))
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_files_that_were_changed(target, pristine, tmp_path):
     files, read, examples = TARGETS[target]
@@ -368,32 +242,16 @@ def test_files_that_were_changed(target, pristine, tmp_path):
     watch = Watch(tmp_path / "outside")
     (tmp_path / "outside" / files[0]).read_bytes()
     assert os.fsencode(files[0]) in watch.opened()  # it does see
-    ended = set()
+    directory, out = tmp_path / "changed", tmp_path / "out"
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
-    def changed(data):
-        directory, out = tmp_path / "changed", tmp_path / "out"
+    def change(draw):
         for left in (directory, out):
             shutil.rmtree(left, ignore_errors=True)
         shutil.copytree(source, directory)
-        change = data.draw(st.sampled_from([contents] * 7 + [not_a_file]))
-        change(directory / data.draw(st.sampled_from(files)), data.draw)
-        try:
-            with in_time():
-                read(directory, out)
-            ended.add("read")
-        except SAID_IN_ONE_LINE as error:
-            ended.add("refused")
-            assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000, str(error)
+        change_file(directory / draw(st.sampled_from(files)), draw)
+
+    def nothing_outside_was_opened(_):
         # A run and documents may lie wherever their owner likes.
         assert target in ("run", "documents") or watch.opened() == b""
 
-    changed()
-    assert ended == {"read", "refused"}
+    try_changes(examples, change, lambda _: read(directory, out), nothing_outside_was_opened)

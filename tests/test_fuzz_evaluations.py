@@ -1,4 +1,4 @@
-"""An evaluation file of a report, changed at random; see test_fuzz.py.
+"""An evaluation file of a report, changed at random; see fuzz.py.
 
 It may lie wherever its owner likes, so links are followed.
 """
@@ -6,11 +6,9 @@ It may lie wherever its owner likes, so links are followed.
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from fuzz import change_file, try_changes
 from llamapro.report_benchmarks import add_scores, benchmarks, read_evaluations, scores_of
 from llamapro.storage import write_json
-from test_fuzz import SAID_IN_ONE_LINE, contents, in_time, not_a_file
 
 EVALUATION = {
     "results": {"mmlu": {"acc": 0.5, "acc_stderr": 0.1}, "other": {"f1": 0.25, "f1_stderr": 0.1}},
@@ -34,32 +32,21 @@ def write(path, model):
 
 def test_evaluations_that_were_changed(models, tmp_path):
     base = write(tmp_path / "base.json", models[0])
-    ended = set()
 
-    @settings(
-        max_examples=300,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
-    def changed(data):
+    def change(draw):
         shutil.rmtree(tmp_path / "changed", ignore_errors=True)
         (tmp_path / "changed").mkdir()
         file = write(tmp_path / "changed" / "run.json", models[1])
-        data.draw(st.sampled_from([contents] * 7 + [not_a_file]))(file, data.draw)
-        figures = [{"model": "base"}, {"model": "run"}]
-        try:
-            with in_time():
-                evaluations = read_evaluations([base, file])
-                add_scores(figures, scores_of(models, evaluations))
-            ended.add("read")
-        except SAID_IN_ONE_LINE as error:
-            ended.add("refused")
-            assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000, str(error)
-        else:  # what is taken can be written
-            "\n".join(benchmarks(figures, evaluations)).encode()
+        change_file(file, draw)
+        return file
 
-    changed()
-    assert ended == {"read", "refused"}
+    def read(file):
+        figures, evaluations = [{"model": "base"}, {"model": "run"}], read_evaluations([base, file])
+        add_scores(figures, scores_of(models, evaluations))
+        return figures, evaluations
+
+    def can_be_written(taken):
+        if taken is not None:
+            "\n".join(benchmarks(*taken)).encode()
+
+    try_changes(300, change, read, can_be_written)

@@ -320,15 +320,26 @@ def test_results_of_repeated_heads_are_summed():
         torch.testing.assert_close(plain[name], expanded[name])
 
 
+EVERY_SIDE = """
+import json
+from benchmarks.gpu import step
+sizes = step.TINY, 2, "interleaved", 2, 64, "cpu"
+print(json.dumps({side: step.measure(side, *sizes) for side in step.SIDES}))
+"""
+
+
 def test_the_step_of_every_side():
-    """In processes, on a small model: ours and plain PyTorch have one loss, nothing fails."""
+    """On a small model, in a process that the sides may change: one loss of ours and of plain
+    PyTorch; and a row as the command has it, in a process of its own, which may fail."""
     pytest.importorskip("transformers")
-    rows = {
-        side: step.row_in_a_process((side, step.TINY, 2, "interleaved", 2, 64, "cpu"))
-        for side in step.SIDES
-    }
-    assert not any("failed" in row for row in rows.values()), rows
+    command = [sys.executable, "-c", EVERY_SIDE]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert rows.keys() == set(step.SIDES)
     assert rows["ours"]["loss"] == pytest.approx(rows["composition"]["loss"], rel=1e-2)
     assert all(row["tokens/s"] > 0 and row["peak GB"] > 0 for row in rows.values())
-    failed = step.row_in_a_process(("ours", {"vocab_size": -1}, 2, "interleaved", 2, 64, "cpu"))
+    sizes = 2, "interleaved", 2, 64, "cpu"
+    assert step.row_in_a_process(("ours", step.TINY, *sizes))["loss"] == rows["ours"]["loss"]
+    failed = step.row_in_a_process(("ours", {"vocab_size": -1}, *sizes))
     assert failed.keys() == {"failed"}

@@ -43,6 +43,32 @@ def test_weights_of_another_dtype():
     assert ((rotated.double() - exact).abs() <= torch.finfo(q.dtype).eps * exact.abs() + 1e-6).all()
 
 
+def test_the_sum_is_normed_as_it_is_stored():
+    x, residual, weight = (torch.randn(4, 64).bfloat16() for _ in range(3))
+    y, total = lk.add_rms_norm(x, residual, weight[0])
+    assert torch.equal(total, x + residual) and torch.equal(y, lk.rms_norm(total, weight[0]))
+
+
+@pytest.mark.parametrize("upstream", [2.0**16, 1 / 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_scales_of_mixed_precision_trainers(dtype, upstream):
+    """A scale beyond fp16's range, and one that bf16 cannot hold, cost no more than plain."""
+    x, weight = torch.randn(64, 32).to(dtype), (torch.randn(50, 32) / 8).to(dtype)
+    targets = torch.randint(50, (64,))
+    grads = []
+    for function, kind in (
+        (lambda x, w: lk.linear_cross_entropy(x, w, targets), dtype),
+        (lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets), dtype),
+        (lambda x, w: F.cross_entropy(F.linear(x, w), targets), torch.float64),
+    ):
+        leaves = [t.detach().to(kind, copy=True).requires_grad_() for t in (x, weight)]
+        (function(*leaves) * upstream).backward()
+        grads.append([leaf.grad.double() for leaf in leaves])
+    for ours, plain, truth in zip(*grads, strict=True):
+        stored = torch.finfo(dtype).eps / 2 * truth.abs().max()
+        assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + stored
+
+
 AUTOCAST = {
     "attention": lambda x, weight: lk.flash_attention(
         x[None, :, None], *[weight[None, :, None]] * 2

@@ -10,8 +10,7 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
-from op_cases import CASES, SIZES
+from op_cases import BY_MASK, CASES, SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llamapro_kernels as lk
@@ -36,7 +35,9 @@ PAIRS = [
     if library._runs_on(backend, DEVICE, torch.float32)
 ]
 TYPED = [(name, backend, dtype) for name, backend in PAIRS for dtype in dtypes(backend)]
-every_pair = pytest.mark.parametrize("name, backend", PAIRS)
+every_pair = pytest.mark.parametrize(
+    "name, backend", [p for p in PAIRS if p[1] != INTERPRETED or p[0] not in BY_MASK]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -126,13 +127,16 @@ def assert_three_way(ours, plain, truth, dtype, term, what):
     assert error <= bound, f"{what}: error {error:.3e}, bound {bound:.3e}, plain {peer:.3e}"
 
 
-# One row, or none, is expanded as it is. The slow interpreter converts fp16 in one layout: strides
-# are the same for all dtypes.
+# One row, or none, is expanded as it is. The slow interpreter changes one thing at a time: layout,
+# dtype or mask.
 VALUES = [
     (name, backend, dtype, size, layout)
     for (name, backend, dtype), size, layout in itertools.product(TYPED, SIZES, LAYOUTS)
     if (layout != "expanded" or size in ("typical", "odd"))
-    and (layout == "contiguous" or dtype == torch.float32 or backend != INTERPRETED)
+    and (
+        backend != INTERPRETED
+        or (layout != "contiguous") + (dtype != torch.float32) + (name in BY_MASK) <= 1
+    )
 ]
 
 
@@ -271,7 +275,8 @@ def test_second_derivative_is_refused(name, backend):
 
 @every_pair
 def test_opcheck(name, backend):
-    """The schemas, fakes and autograd registrations of the forward and backward ops."""
+    """The schemas and fakes of the forward and backward ops, and how they are registered with
+    autograd, which does not depend on what serves them."""
     case = CASES[name]
     inputs, constants, grads = draw(name, "odd")
     inputs, constants = convert(inputs, torch.float32), move(constants)
@@ -288,7 +293,7 @@ def test_opcheck(name, backend):
                 for a in args
             ]
             tests = ["test_schema", "test_faketensor"]
-            if forward:
+            if forward and backend == "reference":
                 tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
             torch.library.opcheck(function, tuple(fresh), test_utils=tests)
 
@@ -337,32 +342,6 @@ def test_saves_only_what_the_wanted_gradient_needs(name, wanted):
     assert kept == KEPT[name, wanted]
 
 
-def test_the_sum_is_normed_as_it_is_stored():
-    x, residual, weight = (torch.randn(4, 64).bfloat16() for _ in range(3))
-    y, total = lk.add_rms_norm(x, residual, weight[0])
-    assert torch.equal(total, x + residual) and torch.equal(y, lk.rms_norm(total, weight[0]))
-
-
-@pytest.mark.parametrize("upstream", [2.0**16, 1 / 3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_loss_scales_of_mixed_precision_trainers(dtype, upstream):
-    """A scale beyond fp16's range, and one that bf16 cannot hold, cost no more than plain."""
-    x, weight = torch.randn(64, 32).to(dtype), (torch.randn(50, 32) / 8).to(dtype)
-    targets = torch.randint(50, (64,))
-    grads = []
-    for function, kind in (
-        (lambda x, w: lk.linear_cross_entropy(x, w, targets), dtype),
-        (lambda x, w: F.cross_entropy(F.linear(x, w).float(), targets), dtype),
-        (lambda x, w: F.cross_entropy(F.linear(x, w), targets), torch.float64),
-    ):
-        leaves = [t.detach().to(kind, copy=True).requires_grad_() for t in (x, weight)]
-        (function(*leaves) * upstream).backward()
-        grads.append([leaf.grad.double() for leaf in leaves])
-    for ours, plain, truth in zip(*grads, strict=True):
-        stored = torch.finfo(dtype).eps / 2 * truth.abs().max()
-        assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + stored
-
-
 def projection(dtype):
     """(qkv, q, k, v): the last three as views of a packed projection of 4, 2 and 2 heads."""
     qkv = torch.randn(2, 19, 4 + 2 * 2, 32, device=DEVICE).to(dtype)
@@ -385,7 +364,11 @@ def test_rope_in_place(_, backend, dtype, inverse):
 
 
 @pytest.mark.parametrize("documents", [None, [0, 5, 19]], ids=str)
-@pytest.mark.parametrize("_, backend, dtype", [t for t in TYPED if t[0] == "attention"], ids=str)
+@pytest.mark.parametrize(
+    "_, backend, dtype",
+    [t for t in TYPED if t[0] == "attention" and t[1:] != (INTERPRETED, torch.float16)],
+    ids=str,
+)
 def test_packed_gradients_of_attention(_, backend, dtype, documents):
     """To the bit those that come apart."""
     _, q, k, v = (t[: 1 if documents else 2] for t in projection(dtype))

@@ -232,9 +232,9 @@ def test_enough_heads_of_dk_and_dv_run_together(monkeypatch, keys, together):
 
 
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("width", [16384, 16390, 20000])
+@pytest.mark.parametrize("width", [16384, 16390])
 def test_wide_norms(width, add):
-    """The last width that stays in registers, and wider ones, which are looped over."""
+    """The last width that stays in registers, and a wider one, which is looped over."""
     name = "add_rms_norm" if add else "rms_norm"
     inputs = {key: torch.randn(3, width, device=DEVICE) for key in ("x", "residual")[: 1 + add]}
     inputs["weight"] = torch.rand(width, device=DEVICE)

@@ -15,6 +15,7 @@ same base, since no value differs.
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,12 @@ from llamapro.hf import DTYPES, TensorEntry, main_dtype, read_header, write_safe
 from llamapro.model_files import CheckpointError, file_in
 from llamapro.placement import Slot, place_blocks
 from llamapro.proof import combined, digest, settings
-from llamapro.storage import new_directory, read_json, shown, write_json
+from llamapro.storage import new_directory, one_line, read_json, shown, write_json
 
 WEIGHTS, ABOUT = "new_blocks.safetensors", "new_blocks.json"
 PREFIX = "model.layers."
 MOST_BLOCKS = 1000  # as of a configuration
+DIGEST = re.compile("[0-9a-f]{32}")  # of `combined`
 log = logging.getLogger("llamapro")
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 
@@ -107,7 +109,7 @@ class NewBlocks:
         got = base.fingerprint(self.base_dtype)
         if got != self.base_fingerprint:
             raise CheckpointError(
-                f"{self.path}: made for {self.base or 'a base'} with the fingerprint"
+                f"{self.path}: made for {one_line(self.base or 'a base')} with the fingerprint"
                 f" {self.base_fingerprint} (in {DTYPE_NAMES.get(self.base_dtype, 'its dtypes')}),"
                 f" got {whose} with {got}"
             )
@@ -192,9 +194,11 @@ def _checked(about: dict) -> dict:
     if not _are_whole(sources, blocks) or len(sources) != len(positions):
         raise ValueError(f"sources must be a base block for each position, got {shown(sources)}")
     texts = {name: about.get(name) for name in ("base", "base_fingerprint", "digest")}
-    for name, text in texts.items():
-        if not isinstance(text, str) and (name, text) != ("base", None):
-            raise ValueError(f"{name} must be text, got {shown(text)}")
+    if not isinstance(texts["base"], str | None):
+        raise ValueError(f"base must be text, got {shown(texts['base'])}")
+    for name in ("base_fingerprint", "digest"):
+        if not (isinstance(texts[name], str) and DIGEST.fullmatch(texts[name])):
+            raise ValueError(f"{name} must be 32 hexadecimal digits, got {shown(texts[name])}")
     dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {None: None}
     dtype = about.get("base_dtype")
     if not isinstance(dtype, str | None) or dtype not in dtypes:

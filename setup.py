@@ -32,7 +32,7 @@ COMPILE = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10 and later
 ]
 INSTEAD = "PyTorch serves the ops instead"
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
 SANITIZED = os.environ.get("LLAMAPRO_SANITIZE")
 
 

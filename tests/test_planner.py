@@ -151,9 +151,8 @@ print(peak_memory(torch.device("cpu")) - before)
 """
 HALF = replace(SMOLLM2, num_hidden_layers=15)
 MEASURED = {  # base, new blocks, placement, recompute, trainable, batch, dtype
-    "bf16": (SMOLLM2, 6, "interleaved", "none", "new_blocks", 2, torch.bfloat16),
+    "bf16": (HALF, 3, "interleaved", "none", "new_blocks", 2, torch.bfloat16),
     "everything": (HALF, 3, "interleaved", "none", "all", 1, torch.bfloat16),
-    "none": (HALF, 3, "interleaved", "none", "new_blocks", 2, torch.float32),
     "mlp": (HALF, 3, "interleaved", "mlp", "new_blocks", 2, torch.float32),
     "block": (HALF, 3, "interleaved", "block", "new_blocks", 4, torch.float32),
     "suffix": (HALF, 3, "suffix", "none", "new_blocks", 2, torch.float32),

@@ -59,6 +59,7 @@ SMOLLM2_135M = {
 # (model, its shape, new blocks, placement or "all" for training everything, rows, their tokens)
 MODELS = [
     ("Llama-2-7B + 8", LLAMA2_7B, 8, "interleaved", 2, 4096),
+    ("Llama-2-7B + 8", LLAMA2_7B, 8, "top_half", 2, 4096),
     ("Llama-2-7B + 8", LLAMA2_7B, 8, "suffix", 4, 4096),
     ("SmolLM2-135M + 6", SMOLLM2_135M, 6, "interleaved", 16, 1024),
     ("Llama-3.2-1B + 4", LLAMA32_1B, 4, "interleaved", 4, 4096),
@@ -211,7 +212,7 @@ def where_time_goes(step):
 
 
 def in_order():
-    """The first model on every side, then ours and the peers in turn of all others."""
+    """The first model on every side, then each side of all others."""
     first, *others = MODELS
     yield from itertools.product((first,), SIDES)
     for side, model in itertools.product(SIDES, others):
@@ -232,6 +233,7 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="small models, to try the command")
     parser.add_argument("--minutes", type=float, default=9, help="no row starts after these")
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, metavar="FILE.json", help="print its Markdown")
     options = parser.parse_args()
@@ -246,7 +248,8 @@ def main():
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     packages = ("triton", "transformers", "liger-kernel")
-    report = {"device": name, "torch": torch.__version__, "commit": commit.strip()}
+    commit = options.commit or commit.strip()
+    report = {"device": name, "torch": torch.__version__, "commit": commit}
     report |= installed(*packages) | {"rows": []}
     options.out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

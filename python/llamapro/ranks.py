@@ -166,15 +166,17 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
         yield ALONE
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if rank:  # warnings are said once
         logging.getLogger("llamapro").setLevel(logging.ERROR)
     joined = torch.distributed.is_initialized()
     if not joined:
-        _join(rank, size, local, device, timeout)
-    patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        _join(rank, size, local, device, timeout, restarts)
     try:
-        yield Ranks(rank, size, local, restarted, patient)
+        patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(rank, size, local, restarts > 0, patient)
+        if joined:
+            torch.distributed.destroy_process_group(patient)
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
@@ -183,10 +185,13 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
             f" {one_line(error, 200)}"
         ) from None
     finally:
-        torch.distributed.destroy_process_group(patient if joined else None)
+        if not joined:
+            torch.distributed.destroy_process_group()
 
 
-def _join(rank: int, size: int, local: int, device: str, timeout: float) -> None:
+def _join(rank: int, size: int, local: int, device: str, timeout: float, restarts: int) -> None:
+    """Meet under a name of its own: torchrun's store still has where ranks were before a restart,
+    or before they parted, and who reads that calls in vain."""
     import torch.distributed as dist
 
     backend = "gloo"
@@ -196,7 +201,7 @@ def _join(rank: int, size: int, local: int, device: str, timeout: float) -> None
     wait = timedelta(seconds=timeout)
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore(f"llamapro {next(TIMES)}", store)  # not to read what was before
+        store = dist.PrefixStore(f"llamapro {restarts} {next(TIMES)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(

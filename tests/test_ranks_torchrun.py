@@ -93,8 +93,8 @@ def test_torchrun_that_is_asked_to_stop_leaves_a_checkpoint(long):
 
 def test_ranks_that_are_killed_at_random_go_on_bit_for_bit(config):
     """The first before there is a checkpoint."""
-    config = replace(config, steps=60 * KILLS, eval_every=50, checkpoint_every=5)
-    calm = replace(config, out=config.out + "-calm")
+    config = replace(config, steps=30 * KILLS + 30, eval_every=50, checkpoint_every=5)
+    calm = replace(config, out=config.out + "-calm", checkpoint_every=1000)
     train_together([calm], 2)
     chance, agent = random.Random(0), torchrun(config, f"--max-restarts={KILLS + 5}")
     for kill in range(KILLS):

@@ -17,7 +17,7 @@ from llamapro.hardware import matmul_rate, pick_device
 from llamapro.inference import chat, evaluate, generate
 from llamapro.model_files import read_config
 from llamapro.placement import PLACEMENTS
-from llamapro.ranks import speaks
+from llamapro.ranks import check_alone, speaks
 from llamapro.train import replay as replay_module
 from llamapro.train.config import DTYPES, TrainConfig
 from llamapro.train.dry_run import dry_run as show_what_it_would_do
@@ -187,7 +187,8 @@ def train(
         dry_run: Show the data, what a step costs and the first micro-batch, and train nothing.
     """
     if dry_run:
-        show_what_it_would_do(config)
+        if speaks():
+            show_what_it_would_do(config)
         return
     summary = run_training(config, resume=resume)
     if speaks():
@@ -297,6 +298,8 @@ def main(args: list[str] | None = None) -> None:
             if options.count(option) > 1:  # the last would count alone, without a word
                 raise ValueError(f"{option} once expected, got it {options.count(option)} times")
         args = with_config_file(args or sys.argv[1:])
+        if args[:1] != ["train"]:
+            check_alone()
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="llamapro", args=args)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 
 import torch
 
@@ -17,19 +18,23 @@ from llamapro.storage import one_line
 
 # What a user can mend, and what is told to the other ranks.
 ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, ImportError, MemoryError)
+TIMES = count()  # that this process has joined others
+PATIENCE = timedelta(days=30)  # with a rank that works alone, while it lives
 
 
 @dataclass(frozen=True)
 class Ranks:
     """One of `size` processes. Numbers that they add up go over the CPU: no device is waited for.
 
-    restarted: torchrun started them anew after one of them had died.
+    restarted: torchrun started them anew after one of them had died. patient: a process group in
+    which they wait for each other as long as it takes.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     restarted: bool = False
+    patient: object = None
 
     @property
     def first(self) -> bool:
@@ -44,8 +49,9 @@ class Ranks:
         torch.distributed.all_reduce(together)
         return together.tolist()
 
-    def any(self, asked: bool) -> bool:
-        return bool(self.sum(bool(asked))[0])
+    def any(self, *asked: bool) -> list[bool]:
+        """Of each, whether it is so on one of the ranks."""
+        return [bool(count) for count in self.sum(*map(bool, asked))]
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of this rank's device, added up over the ranks, in place."""
@@ -53,12 +59,12 @@ class Ranks:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def gather(self, value) -> list:
+    def gather(self, value, group=None) -> list:
         """What each rank has, in their order; anything that can be pickled."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value, group=group)
         return values
 
     def deal(self, items: list) -> list[tuple]:
@@ -68,7 +74,7 @@ class Ranks:
         missing = -(-len(items) // self.size) - len(counted)
         return counted + [(item, False) for item in items[:1] * missing]
 
-    def agree(self, work: Callable):
+    def agree(self, work: Callable, group=None):
         """The result of `work` on this rank, once it is done on all of them; no rank speaks to the
         others meanwhile.
 
@@ -82,19 +88,24 @@ class Ranks:
             result = work()
         except ERRORS as raised:
             error = raised
-        told = self.gather(None if error is None else (type(error), one_line(error)))
+        told = self.gather(None if error is None else (type(error), one_line(error)), group)
         raised = [rank for rank, said in enumerate(told) if said is not None]
         if not raised:
             return result
         if error is None or len(raised) < self.size:
             kind, text = told[raised[0]]
             error = _of_rank(kind, text, raised[0])
-        error.told = not self.first
-        raise error
+        raise self.alike(error)
 
     def of_first(self, work: Callable):
-        """The result of `work`, which the first rank alone does; all get it, or its error."""
-        return self.gather(self.agree(lambda: work() if self.first else None))[0]
+        """The result of `work`, which the first rank alone does, and may take as long as it needs
+        to; all get it, or its error."""
+        return self.gather(self.agree(lambda: work() if self.first else None, self.patient))[0]
+
+    def alike(self, error: Exception) -> Exception:
+        """An error that every rank raises: the first alone tells of it."""
+        error.told = not self.first
+        return error
 
     def check_same(self, what: dict[str, str]) -> None:
         """Raise RuntimeError, on all ranks, when one has something else than the first."""
@@ -128,6 +139,15 @@ def speaks() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def check_alone() -> None:
+    """Raise RuntimeError in each of several processes, which would do the same work."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1:
+        error = RuntimeError(f"one process expected, torchrun started {count}: train alone shares")
+        error.told = not speaks()
+        raise error
+
+
 def is_told(error: BaseException) -> bool:
     """Whether another rank tells the user of this error."""
     return getattr(error, "told", False)
@@ -146,14 +166,17 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
         yield ALONE
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if rank:  # warnings are said once
         logging.getLogger("llamapro").setLevel(logging.ERROR)
     joined = torch.distributed.is_initialized()
     if not joined:
-        _join(rank, size, local, device, timeout)
+        _join(rank, size, local, device, timeout, restarts)
     try:
-        yield Ranks(rank, size, local, restarted)
+        patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(rank, size, local, restarts > 0, patient)
+        if joined:
+            torch.distributed.destroy_process_group(patient)
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
@@ -166,15 +189,20 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
             torch.distributed.destroy_process_group()
 
 
-def _join(rank: int, size: int, local: int, device: str, timeout: float) -> None:
+def _join(rank: int, size: int, local: int, device: str, timeout: float, restarts: int) -> None:
+    """Meet under a name of its own: torchrun's store still has where ranks were before a restart,
+    or before they parted, and who reads that calls in vain."""
     import torch.distributed as dist
 
     backend = "gloo"
     if device.startswith("cuda"):
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
+    wait = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, *_ = next(dist.rendezvous("env://", timeout=wait))
+        store = dist.PrefixStore(f"llamapro {restarts} {next(TIMES)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"rank {rank} of {size} waited {timeout:g} s for the others: {one_line(error, 300)}"

@@ -81,7 +81,8 @@ def perplexity(
             divergence += lk.linear_kl_divergence(hidden, theirs, head, **said).item()
     total, divergence, tokens = ranks.sum(total, divergence, tokens)
     if not tokens:
-        raise ValueError(f"{rows.tokens.name}: targets that count expected, got none")
+        said = f"{rows.tokens.name}: targets that count expected, got none"
+        raise ranks.alike(ValueError(said))
     loss = total / tokens
     # As a tensor: math.exp raises where a diverged model's perplexity is infinite.
     value = torch.tensor(loss, dtype=torch.float64).exp().item()

@@ -31,6 +31,8 @@ log = logging.getLogger("llamapro")
 class Writer:
     """Writes the checkpoints of one process, each before `write` returns."""
 
+    failed = False  # since `write` returned
+
     def write(self, out: Path, tensors: dict[str, torch.Tensor], state: dict, *, last: bool):
         """Write a folder, whole or not at all. Raises OSError when it cannot be written."""
         entries, state = entries_of(tensors), {**state, "tensors": digests(tensors)}

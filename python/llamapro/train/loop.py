@@ -14,6 +14,7 @@ from llamapro.data.mixture import Mixture, corpora
 from llamapro.data.packing import open_rows
 from llamapro.data.tokens import TokenDataset, check_tokenizer, fingerprint
 from llamapro.eval.perplexity import perplexity, what_the_base_says
+from llamapro.frozen import FORMS
 from llamapro.hardware import keep_freed_memory, peak_memory, pick_device, resident_memory
 from llamapro.hf import Checkpoint
 from llamapro.ranks import ALONE, Ranks, started
@@ -28,7 +29,13 @@ from llamapro.train.config import (
 )
 from llamapro.train.keep import Keeper, lost, make_samples, without_own_samples
 from llamapro.train.optimizer import Optimizer
-from llamapro.train.parallel import begin_micro_batch, load, own_device, same_everywhere
+from llamapro.train.parallel import (
+    begin_micro_batch,
+    load,
+    own_device,
+    same_inputs,
+    same_options,
+)
 from llamapro.train.progress import Progress
 from llamapro.train.run import Run
 from llamapro.train.stopping import Interrupted, asked_to_stop
@@ -53,8 +60,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> dict:
 
 
 def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> dict:
+    ranks.check_same({**same_options(config), "resume": repr(resume)})
     run = ranks.agree(lambda: _settled(config, resume, ranks))
-    config, device = run.config, own_device(run.config.device, ranks)
+    dtype = ranks.of_first(lambda: run.config.dtype)  # which some CPUs choose by measuring
+    config, device = replace(run.config, dtype=dtype), own_device(run.config.device, ranks)
     if device.type == "cpu":
         keep_freed_memory(config.memory is None)
     shape = Checkpoint(config.model).config
@@ -66,25 +75,20 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> dict:
             shape.max_position_embeddings,
         )
     ranks.agree(lambda: open_data(without_own_samples(config), shape))  # what can be wrong, first
-    shard, recompute = ranks.agree(lambda: policies(config, shape, device, ranks))
+    shard, recompute = ranks.of_first(lambda: policies(config, shape, device, ranks))
     run.config = config = replace(config, shard=shard)
     ranks.of_first(lambda: make_samples(config))
     rows, heldout, data = ranks.agree(lambda: _data(config, shape))
-    dtype = getattr(torch, config.dtype)
-    model, frozen = load(config, dtype, device, ranks)
+    model, frozen = load(config, getattr(torch, dtype), device, ranks)
     for block, policy in zip(model.blocks, recompute, strict=True):
         block.recompute = policy
-    optimizer = Optimizer(
-        model,
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=config.weight_decay,
-        betas=config.betas,
-    )
-    ranks.check_same(same_everywhere(config, frozen, data))
+    ranks.check_same(same_inputs(data, frozen))
+    optimizer = ranks.agree(lambda: _optimizer(config, model))
     general = {name: heldout[name] for name in general_sets(config)}
     base = what_the_base_says(model, general, config.eval_tokens, ranks)
-    keeper = Keeper(config, model)
-    with run.open(model, frozen, optimizer, rows, data, keeper) as step, asked_to_stop() as stop:
+    keeper = ranks.agree(lambda: Keeper(config, model))
+    opened = run.open(model, frozen, optimizer, rows, data, keeper)
+    with opened as step, asked_to_stop(ranks) as stop:
         with Progress(config.steps, step, quiet=not ranks.first) as progress:
             for line in rows.described(config.rows):
                 progress.say(line)
@@ -98,8 +102,22 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> dict:
 def _settled(config: TrainConfig, resume: bool, ranks: Ranks) -> Run:
     """A run that torchrun starts anew, after a rank died, goes on."""
     planner_ranks.rows_of_a_rank(config.batch_size, ranks.size)
+    if ranks.size > 1 and config.shard == "full" and config.frozen != FORMS[0]:
+        raise ValueError(
+            f"each rank holds a base in {config.frozen} whole: --shard none expected with it, got"
+            " full"
+        )
     again = ranks.restarted and (Path(config.out) / "config.json").exists()
     return (Run.resume if resume or again else Run.start)(config, ranks)
+
+
+def _optimizer(config: TrainConfig, model) -> Optimizer:
+    return Optimizer(
+        model,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+    )
 
 
 def _data(config: TrainConfig, shape: LlamaConfig):
@@ -125,14 +143,15 @@ def _run_steps(run, heldout, base, step, progress, stop) -> None:
         record |= {"tokens_per_second": metrics["tokens"] / seconds, "epochs": run.rows.epochs}
         run.append(record)
         progress.step(record)
-        stopping = run.ranks.any(bool(stop))
+        stopping, failed = run.ranks.any(stop, run.writer.failed)
         if step % config.eval_every == 0 and not stopping:
             _evaluate(run, heldout, base, step, progress)
         last = step == config.steps or stopping
-        if step % config.checkpoint_every == 0 or last or run.failures:
+        if step % config.checkpoint_every == 0 or last or run.failures or failed:
             _save(run, step, last, stopping)
         if stopping:
-            raise Interrupted(f"stopped after step {step}; the same command with --resume goes on")
+            said = f"stopped after step {step}; the same command with --resume goes on"
+            raise run.ranks.alike(Interrupted(said))
     if run.metrics.evaluations[-1]["step"] != step:
         _evaluate(run, heldout, base, step, progress)
 
@@ -143,7 +162,7 @@ def _save(run, step: int, last: bool, stopping: bool) -> None:
         run.save(step, last=last)
     except OSError as error:
         if stopping:
-            raise Interrupted(f"stopped after step {step}; {error}") from None
+            raise run.ranks.alike(Interrupted(f"stopped after step {step}; {error}")) from None
         raise
 
 
@@ -167,7 +186,8 @@ def take_step(
     amounts = _amounts(batches, ranks)
     valid, kept_targets = amounts.pop("valid"), amounts.pop("kept")
     if not valid:
-        raise ValueError(f"step {step + 1}: a batch without a single valid target")
+        said = f"step {step + 1}: a batch without a single valid target"
+        raise ranks.alike(ValueError(said))
     losses = torch.zeros(2, device=keeper.model.norm.device)
     for number, batch in enumerate(batches, 1):
         begin_micro_batch(keeper.model, config.shard, last=number == micro_batches)
@@ -177,7 +197,10 @@ def take_step(
         losses += torch.stack([summed.detach() / valid, kept.detach()])
     loss, kept_loss = ranks.add_up(losses)
     learning_rate = schedule(config, step)
-    norm = optimizer.step(learning_rate, loss, step + 1)
+    try:
+        norm = optimizer.step(learning_rate, loss, step + 1)
+    except FloatingPointError as error:
+        raise ranks.alike(error) from None
     metrics = {"loss": loss.item(), "gradient_norm": norm, "learning_rate": learning_rate}
     if kept_targets:
         metrics |= {"kept_loss": kept_loss.item() / kept_targets, "kept_weight": keeper.weight}
@@ -298,7 +321,8 @@ def _evaluate(run, heldout: dict[str, TokenDataset], base, step: int, progress: 
     values = {name: result["perplexity"] for name, result in found.items()}
     kls = {name: result["kl"] for name, result in found.items() if "kl" in result}
     if not all(math.isfinite(value) for value in values.values()):
-        raise FloatingPointError(f"step {step}: held-out perplexity {values}, finite one expected")
+        said = f"step {step}: held-out perplexity {values}, finite one expected"
+        raise run.ranks.alike(FloatingPointError(said))
     record = {"step": step, "perplexity": values}
     said = f"held-out perplexity {_listed(values)}"
     if kls:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from llamapro import __version__
-from llamapro.frozen import FORMS
 from llamapro.hardware import pick_device
 from llamapro.model import Llama, block_tensors, stock_tensors
 from llamapro.proof import combined, difference, digests, settings
@@ -30,14 +29,14 @@ class Frozen:
 
     digests: each setting that is computed with, and a digest of each frozen tensor by its stock
     name, the same for any number of ranks. sharded: those of tensors of which there are only shards
-    here, taken before they were sharded.
+    here, taken before they were sharded. loaded: those of what trains, where ranks share it.
     """
 
-    def __init__(self, model: Llama, sharded: dict[str, str] | None = None):
-        self.model = model
+    def __init__(self, model: Llama, sharded: dict[str, str], loaded: dict[str, str]):
+        self.model, self.loaded = model, loaded
         self._at_first = self._now()
         whole = {n: said for n, said in self._at_first.items() if not n.startswith(SHARD)}
-        self.digests = {**settings(model.config), **whole, **(sharded or {})}
+        self.digests = {**settings(model.config), **whole, **sharded}
 
     def changed(self) -> str | None:
         """The first of what this rank holds that is no longer as it was, in words."""
@@ -57,12 +56,16 @@ def own_device(device: str, ranks: Ranks) -> torch.device:
     return picked
 
 
-def same_everywhere(config: TrainConfig, frozen: Frozen, data: dict[str, str]) -> dict[str, str]:
-    """What the ranks of one run must have alike, by name."""
-    options = {name: repr(value) for name, value in asdict(config).items() if name != "out"}
-    versions = {"llamapro": __version__, "torch": torch.__version__}
+def same_options(config: TrainConfig) -> dict[str, str]:
+    """What the ranks of one run must have alike before they do anything, by name."""
+    options = {name: repr(value) for name, value in asdict(config).items()}
+    return {"llamapro": __version__, "torch": torch.__version__, **options}
+
+
+def same_inputs(data: dict[str, str], frozen: Frozen) -> dict[str, str]:
+    """What they must have read alike, by name."""
     read = {f"data of {name}": hashed for name, hashed in data.items()}
-    return {**versions, **options, **read, "the frozen model": combined(frozen.digests)}
+    return {**read, "weights": combined({**frozen.digests, **frozen.loaded})}
 
 
 def freeze(model: Llama, trainable: str) -> None:
@@ -79,38 +82,39 @@ def load(
     """The model of a run, with what does not train frozen, laid out over the ranks by its `shard`.
 
     A block is sharded as soon as it is read, so that no rank holds more than one of those that it
-    shares. Raises as `Llama.from_pretrained`, and ValueError for a base in 8 bits to be sharded.
+    shares. Raises as `Llama.from_pretrained`, on all ranks.
     """
-    full = config.shard == "full"
-    if full and config.frozen != FORMS[0]:
-        raise ValueError(
-            f"each rank holds a base in {config.frozen} whole: shard none expected with it, got"
-            f" {config.shard}"
-        )
-    if ranks.size > 1:
-        mesh = torch.distributed.init_device_mesh(device.type, (ranks.size,))
-    sharded: dict[str, str] = {}
+    if ranks.size == 1:
+        model = Llama.from_pretrained(config.model, dtype, device, config.frozen)
+        freeze(model, config.trainable)
+        return model, Frozen(model, {}, {})
+    mesh = torch.distributed.init_device_mesh(device.type, (ranks.size,))
+    torch.manual_seed(int(np.random.SeedSequence((config.seed, ranks.rank)).generate_state(1)[0]))
+    return ranks.agree(lambda: _load_shards(config, dtype, device, mesh))
+
+
+def _load_shards(config: TrainConfig, dtype: torch.dtype, device: torch.device, mesh):
+    full, sharded, loaded = config.shard == "full", {}, {}
 
     def place(model: Llama, i: int) -> None:
         if i == 0:
             freeze(model, config.trainable)
         block = model.blocks[i]
         trains = block.attention_norm.requires_grad
-        if ranks.size == 1 or not (trains or full):
-            return
-        if not trains:
-            sharded.update(digests(block_tensors(block, model.config, f"model.layers.{i}.")))
-        _shard(block, mesh, reshard_after_forward=full)
+        if trains or full:
+            read = digests(block_tensors(block, model.config, f"model.layers.{i}."))
+            (loaded if trains else sharded).update(read)
+            _shard(block, mesh, reshard_after_forward=full)
 
     model = Llama.from_pretrained(config.model, dtype, device, config.frozen, placed=place)
-    if ranks.size > 1:
-        _shard_rest(model, mesh)
-        if full and config.trainable == "new_blocks":
-            first = model.blocks[model.config.new_blocks[0]]
-            # By default it gathers ahead the block below, which has no backward.
-            first.set_modules_to_backward_prefetch([first])
-        torch.manual_seed(int(np.random.SeedSequence((config.seed, ranks.rank)).generate_state(1)))
-    return model, Frozen(model, sharded)
+    rest = stock_tensors(model, [])
+    loaded |= digests({name: tensor for name, tensor in rest.items() if tensor.requires_grad})
+    _shard_rest(model, mesh)
+    if full and config.trainable == "new_blocks":
+        first = model.blocks[model.config.new_blocks[0]]
+        # By default it gathers ahead the block below, which has no backward.
+        first.set_modules_to_backward_prefetch([first])
+    return model, Frozen(model, sharded, loaded)
 
 
 def _shard(module, mesh, *, reshard_after_forward: bool, ignored_params=None) -> None:

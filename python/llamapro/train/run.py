@@ -98,7 +98,7 @@ class Run:
             if self.ranks.size > 1:
                 self.environment["ranks"] = self.ranks.size
             step = self.restore()
-            self.trackers.start(self.path, asdict(self.config))
+            self.ranks.of_first(lambda: self.trackers.start(self.path, asdict(self.config)))
             held.callback(self.trackers.end)
             self.writer = self._writer()
             held.callback(self.writer.close)
@@ -160,7 +160,7 @@ class Run:
             "metrics": self.metrics.carried(),
             "random": self.ranks.gather(_random_state()),
         }
-        self.metrics.sync()
+        self.ranks.of_first(self.metrics.sync)
         out = self.path / "checkpoints" / f"step-{step:08d}"
         self.writer.write(out, self.optimizer.state(), state, last=last)
 
@@ -172,7 +172,7 @@ class Run:
         """
         saved = checkpoints(self.path)
         if not saved:
-            self.metrics.restore(-1, [])
+            self.ranks.agree(lambda: self.metrics.restore(-1, []))
             return 0
         state, tensors = self.ranks.agree(lambda: self._read(saved))
         if tensors is None:
@@ -191,7 +191,7 @@ class Run:
             self.rows.taken = list(state["rows"])
         self.keeper.weight = state.get("kept_weight", 1.0)
         self._restore_random_state(state["random"])
-        self.metrics.restore(state["step"], state["metrics"])
+        self.ranks.agree(lambda: self.metrics.restore(state["step"], state["metrics"]))
         return state["step"]
 
     def _read(self, saved: list[Path]) -> tuple[dict, dict | None]:

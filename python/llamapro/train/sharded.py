@@ -7,28 +7,32 @@ those files: a folder that has its name is whole. All ranks must see one file sy
 """
 
 import hashlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from llamapro import storage
 from llamapro.config import LlamaConfig
 from llamapro.model import Block, Llama, block_tensors
 from llamapro.ranks import Ranks
-from llamapro.train.checkpoint import check_layout, drop_old, write_state
+from llamapro.train.checkpoint import TENSORS, check_layout, drop_old, write_state
 
+METADATA = ".metadata"
 AT_ONCE = 2**24  # bytes of a file that are hashed
 REST = {  # stock names of what trains beside blocks, and ours
     "model.embed_tokens.weight": "embed_tokens.weight",
     "model.norm.weight": "norm",
     "lm_head.weight": "lm_head.weight",
 }
+log = logging.getLogger("llamapro")
 
 
 class ShardedWriter:
@@ -44,11 +48,17 @@ class ShardedWriter:
     def write(self, out: Path, tensors: dict[str, torch.Tensor], state: dict, *, last: bool):
         """Begin to write a folder, once the one before is whole; a `last` one is waited for.
 
-        Raises OSError, on all ranks, when that one, or the last, could not be written.
+        Raises OSError, on all ranks, when that one, or the last, could not be written; instead of
+        one that failed the last is written.
         """
         from torch.distributed.checkpoint import FileSystemWriter, async_save
 
-        self._finish()
+        try:
+            self._finish()
+        except OSError as error:
+            if not last:
+                raise
+            log.warning("a checkpoint could not be written: %s", error)
         needs, stack = sum(t.numel() * t.itemsize for t in tensors.values()), ExitStack()
         new = storage.new_directory(out, needs=needs)
         directory = Path(self.ranks.of_first(lambda: str(stack.enter_context(new))))
@@ -62,6 +72,12 @@ class ShardedWriter:
         if last:
             self._finish()
 
+    @property
+    def failed(self) -> bool:
+        """Whether what is written could not be, as far as this rank knows by now."""
+        pending = self.pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
     def _finish(self) -> None:
         pending, self.pending = self.pending, None
         if pending is not None:
@@ -70,16 +86,24 @@ class ShardedWriter:
     def close(self) -> None:
         """Let the checkpoint that is being written become whole, if the others are still there."""
         self.worker.shutdown()
+        torch.distributed.destroy_process_group(self.group)
 
 
-def _result(saving: Future, directory: Path) -> None:
+@contextmanager
+def _failures_named(directory: Path) -> Iterator[None]:
+    """Make an OSError of what DCP raises, which is no Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        saving.result()
-    except CheckpointException as error:  # which is no Exception
+        yield
+    except CheckpointException as error:
         failures = "; ".join(f"rank {r}: {e[0]}" for r, e in error.failures.items())
         raise OSError(f"{directory}: {storage.one_line(failures, 300)}") from None
+
+
+def _result(saving: Future, directory: Path) -> None:
+    with _failures_named(directory):
+        saving.result()
 
 
 def _complete(saving: Future, directory: Path, state: dict, stack: ExitStack) -> None:
@@ -100,11 +124,12 @@ def _file_digest(file: Path) -> str:
 
 
 def check(folder: Path, state: dict, like: dict[str, torch.Tensor], ranks: Ranks) -> None:
-    """Raise ValueError for a file with another digest, each looked at by one rank, and for names,
-    shapes or dtypes that are not those in `like`."""
+    """Raise ValueError for a file with another digest, each of shards looked at by one rank, and
+    for names, shapes or dtypes that are not those in `like`."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    for name in sorted(state["files"])[ranks.rank :: ranks.size]:
+    shards = sorted(state["files"].keys() - {METADATA})
+    for name in [METADATA, *shards[ranks.rank :: ranks.size]]:
         was, now = state["files"][name], _file_digest(folder / name)
         if was != now:
             raise ValueError(f"{name}: the digest was {was}, is {now}")
@@ -125,9 +150,19 @@ def _load(folder: Path, tensors: dict[str, torch.Tensor], *, alone: bool) -> Non
     """Read these tensors, in place; alone, or by all ranks together."""
     from torch.distributed.checkpoint import FileSystemReader, load
 
-    with warnings.catch_warnings():
+    with _failures_named(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*the intent is to load in a single process")
         load(tensors, storage_reader=FileSystemReader(folder), no_dist=alone)
+
+
+def _load_alone(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """As `_load`, from a folder that one process may have written, too."""
+    if not (folder / TENSORS).exists():
+        _load(folder, tensors, alone=True)
+        return
+    with safe_open(folder / TENSORS, "pt") as saved:
+        for name, tensor in tensors.items():
+            tensor.copy_(saved.get_tensor(name))
 
 
 def trained_tensors(folder: Path, model: Llama, dtype: torch.dtype) -> dict[str, Callable]:
@@ -139,12 +174,12 @@ def trained_tensors(folder: Path, model: Llama, dtype: torch.dtype) -> dict[str,
     def of_block(i: int) -> dict[str, torch.Tensor]:
         block = _empty(config, i, "cpu")
         masters = {f"master.blocks.{i}.{n}": p.detach() for n, p in block.named_parameters()}
-        _load(folder, masters, alone=True)
+        _load_alone(folder, masters)
         return block_tensors(block, config, f"model.layers.{i}.")
 
     def of_rest(name: str) -> torch.Tensor:
         whole = torch.empty(model.get_parameter(name).shape, dtype=torch.float32)
-        _load(folder, {f"master.{name}": whole}, alone=True)
+        _load_alone(folder, {f"master.{name}": whole})
         return whole
 
     found = {stock: partial(of_rest, name) for stock, name in REST.items() if name in trained}

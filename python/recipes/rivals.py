@@ -235,7 +235,7 @@ def _take_steps(settings: TrainConfig, model, optimizer: Optimizer, metrics, jud
                 metrics.append(judge.record(model, step))
             if step % settings.checkpoint_every == 0 or last:
                 where = out / "checkpoints" / f"step-{step:08d}"
-                state = {"step": step, "metrics": metrics.carried()}
+                state = {"step": step, "rows": rows.taken, "metrics": metrics.carried()}
                 Writer().write(where, optimizer.state(), state, last=last)
             if stop:
                 raise Interrupted(f"stopped after step {step}; the same command goes on")

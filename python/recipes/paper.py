@@ -21,6 +21,7 @@ from llamapro.storage import read_json, write_json
 from llamapro.train import TrainConfig, train
 from llamapro.train.checkpoint import checkpoints, read_state
 from llamapro.train.keep import MOST_SAMPLES
+from llamapro.train.loop import open_data
 from llamapro.train.metrics import Metrics
 
 from recipes import paper_inputs, paper_report
@@ -109,7 +110,8 @@ def _measure_base(experiment: Experiment) -> dict:
         settings = _settings(experiment, Run(Row("full"), 1.0, 0))
         dtype, device = getattr(torch, settings.dtype), pick_device(settings.device)
         base = Llama.from_pretrained(settings.model, dtype, device)
-        write_json(file, Judge.of(settings).record(base, 0)["perplexity"])
+        _, heldout = open_data(settings, experiment.shape)
+        write_json(file, Judge.of(settings, heldout).record(base, 0)["perplexity"])
     return read_json(file)
 
 

@@ -22,7 +22,8 @@ class PaperConfig:
     domain: str
     """What is taught: a folder of text, or generated, law, mathematics, code."""
     general: tuple[str, ...]
-    """What shall be kept: folders of text, or generated, samples, encyclopaedia, books, wikitext."""
+    """What shall be kept: folders of text, or generated, samples of the base, encyclopaedia, books,
+    wikitext."""
     tokens: int
     """The tokens of the domain that each run sees, a row's padding among them."""
     counts: tuple[int, ...]

@@ -160,7 +160,8 @@ def train_rival(
     """
     if settings.keep is not None:
         raise ValueError(f"a run that keeps no rows expected, got keep {settings.keep}")
-    out, judge = Path(settings.out), Judge.of(settings)
+    rows, heldout = open_data(settings, Checkpoint(settings.model).config)
+    out, judge = Path(settings.out), Judge.of(settings, heldout)
     settle(out / "config.json", asdict(settings))
     optimizer = Optimizer(
         model,
@@ -169,7 +170,7 @@ def train_rival(
         betas=settings.betas,
     )
     metrics = Metrics(out / "metrics.jsonl")
-    _take_steps(settings, model, optimizer, metrics, judge)
+    _take_steps(settings, model, optimizer, rows, metrics, judge)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if save is not None:
         if not (out / "final").exists():
@@ -194,10 +195,8 @@ class Judge:
     tokens: int
 
     @classmethod
-    def of(cls, settings: TrainConfig) -> "Judge":
+    def of(cls, settings: TrainConfig, heldout: dict[str, TokenDataset]) -> "Judge":
         """The held-out sets of a run whose model is the base."""
-        checkpoint = Checkpoint(settings.model)
-        _, heldout = open_data(settings, checkpoint.config)
         dtype, device = getattr(torch, settings.dtype), pick_device(settings.device)
         base = Llama.from_pretrained(settings.model, dtype, device)
         general = {name: heldout[name] for name in general_sets(settings)}
@@ -215,9 +214,8 @@ class Judge:
         return {"step": step, "perplexity": values, "kl": kls}
 
 
-def _take_steps(settings: TrainConfig, model, optimizer: Optimizer, metrics, judge: Judge) -> None:
+def _take_steps(settings: TrainConfig, model, optimizer, rows, metrics, judge: Judge) -> None:
     out, keeper = Path(settings.out), Keeper(settings, model)
-    rows, _ = open_data(settings, Checkpoint(settings.model).config)
     step = _restore(out, optimizer, metrics)
     if not metrics.evaluations:
         metrics.append(judge.record(model, 0))

@@ -8,7 +8,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load -
 # what an import costs and registers.
 BY_EXTENSION := not composition and not transformers and not compile and not inductor and not import
 
-.PHONY: demo sweep keep trace test wheel sanitize bench lint
+.PHONY: demo sweep keep trace paper test wheel sanitize bench lint
 
 # The whole method on real input, to runs/demo/report; STEPS=200 makes it longer, in runs/demo-200.
 demo: .venv/installed
@@ -26,6 +26,12 @@ keep: .venv/installed
 # MODEL the base (SmolLM2-135M by default), ARGS more options: ARGS="--tasks FOMC NumGLUE-cm".
 trace: .venv/installed
 	PYTHONPATH=python $(BIN)/python -m recipes.trace --data-root $(DATA) $(MODEL:%=--model %) $(ARGS)
+
+# Expansion beside its rivals, to runs/paper/SCALE/report; SCALE is smoke, tiny, cpu, gpu or llama2-7b,
+# DATA the folder with models/ and text/ where the scale needs one, ARGS more options.
+SCALE ?= smoke
+paper: .venv/installed
+	PYTHONPATH=python $(BIN)/python -m recipes.paper $(SCALE) $(DATA:%=--data-root %) $(ARGS)
 
 # Style; everything; the builds for lesser CPUs than this one; what runs without compiled ops; the
 # Triton kernels in their interpreter (on a GPU the first line runs them); the wheel; the sanitizers.

@@ -18,7 +18,7 @@ from stock_models import SIZES, SPECIAL, TEMPLATE
 import llamapro_kernels as lk
 
 LONGEST = ("test_aot.py", "test_planner.py", "test_trainers.py", "test_kills.py", "test_fuzz.py")
-LONGEST += ("test_prepare.py",)
+LONGEST += ("test_prepare.py", "test_paper.py")
 
 
 def pytest_collection_modifyitems(items):

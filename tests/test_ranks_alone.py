@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from llamapro.cli import main
-from llamapro.ranks import started
+from llamapro.ranks import Ranks, started
 from llamapro.train import train
+from llamapro.train.stopping import asked_to_stop
 from run_ranks import train_together
 
 
@@ -58,3 +60,13 @@ def test_a_dry_run_is_shown_once(config, monkeypatch, capsys, rank):
     options = ["--model", config.model, "--data", *config.data, "--out", config.out]
     main(["train", *options, "--dry-run"])
     assert len(shown) == 1 - rank
+
+
+def test_a_signal_that_comes_twice_does_not_end_one_of_several_ranks(capfd):
+    """A scheduler sends it to all processes, and torchrun to its ranks once more."""
+    for rank in range(2):
+        with asked_to_stop(Ranks(rank, 2)) as asked:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        assert len(asked) == 2
+    assert capfd.readouterr().err == "stopping after this step\n"

@@ -145,9 +145,11 @@ DAMAGE = {
 }
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(exact):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(exact, token_data):
+    """That of another run is refused, too."""
     config = replace(exact, checkpoint_every=6)
-    train_together([config], 2)
+    foreign = named(config, "foreign", data=str(token_data("other", top=50)))
+    train_together([config, foreign], 2)
     expected = everything(config)
     unfinish(config)
     before, newest = checkpoints(config.out)
@@ -157,9 +159,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(exact):
         shutil.copytree(config.out, other.out)
         damage(checkpoints(other.out)[-1] / name)
         damaged.append(other)
-    results = ended(start(damaged, 2, resume=True, work=refuse_each))
+    mixed = named(config, "mixed")
+    shutil.copytree(config.out, mixed.out)
+    shutil.rmtree(f"{mixed.out}/checkpoints")
+    shutil.copytree(f"{foreign.out}/checkpoints", f"{mixed.out}/checkpoints")
+    results = ended(start([*damaged, mixed], 2, resume=True, work=refuse_each))
     said = results[0][1].splitlines()
-    assert results[1] == (0, "", "") and len(said) == len(damaged), results
+    assert results[1] == (0, "", "") and len(said) == len(damaged) + 1, results
+    assert said.pop() == "llamapro: the data of 'domain' differ from those of the run"
     for line, name in zip(said, DAMAGE, strict=True):
         assert line.startswith(f"llamapro: rank {name[2]}: " if "dist" in name else "llamapro: /")
         assert f"/{newest.name} is damaged: " in line and f"{name}: " in line

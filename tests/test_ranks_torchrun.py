@@ -74,7 +74,7 @@ def test_a_rank_that_is_killed_ends_all(long):
     agent = torchrun(long)
     wait_for(lambda: steps(long))
     os.kill(workers(agent)[1], signal.SIGKILL)
-    status, ours, lines = ended(agent)
+    status, ours, lines = ended(agent, 240)
     assert status == 1 and len(ours) == 1
     assert ours[0].startswith("llamapro: rank 0 lost another rank, or waited 600 s for one: ")
     assert any(line.split()[:3] == ["rank", ":", "1"] for line in lines)
@@ -93,7 +93,7 @@ def test_torchrun_that_is_asked_to_stop_leaves_a_checkpoint(long):
 
 def test_ranks_that_are_killed_at_random_go_on_bit_for_bit(config):
     """The first before there is a checkpoint."""
-    config = replace(config, steps=30 * KILLS + 30, eval_every=50, checkpoint_every=5)
+    config = replace(config, steps=22 * KILLS + 30, eval_every=50, checkpoint_every=5)
     calm = replace(config, out=config.out + "-calm", checkpoint_every=1000)
     train_together([calm], 2)
     chance, agent = random.Random(0), torchrun(config, f"--max-restarts={KILLS + 5}")
@@ -103,7 +103,7 @@ def test_ranks_that_are_killed_at_random_go_on_bit_for_bit(config):
         wait_for(lambda before=before: steps(config) > before)
         time.sleep(chance.uniform(0, 0.05))
         os.kill(running[chance.randrange(2)], signal.SIGKILL)
-    status, ours, lines = ended(agent)
+    status, ours, lines = ended(agent, 240)
     assert status == 0, lines
     assert len(ours) <= KILLS and all("lost another rank" in line for line in ours)
     for key in ("loss", "gradient_norm", "perplexity"):

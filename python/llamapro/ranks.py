@@ -4,6 +4,7 @@
 that it started alone, is ALONE: what it tells the others, it tells itself.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -175,6 +176,7 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
     try:
         patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         yield Ranks(rank, size, local, restarts > 0, patient)
+        gc.collect()  # FSDP's modules hold memory and groups, and refer to each other
         if joined:
             torch.distributed.destroy_process_group(patient)
     except RuntimeError as error:

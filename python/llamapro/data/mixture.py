@@ -102,7 +102,7 @@ class Mixture:
 
         part: (rank, ranks) of which this is one, whose rows alone are wanted; the others have the
         rest of them. Where some have rows that are kept, this one has one, too, though it may not
-        count, so that all of them ask the base.
+        count, so that all of them ask the base; that one is padding.
         """
         if sum(self.taken) > start:
             self.taken = [0] * len(self.rows)
@@ -118,11 +118,13 @@ class Mixture:
         drawn.sort(key=lambda pair: pair[0])
         mine = drawn[part[0] :: part[1]]
         kept = sum(is_kept for is_kept, _ in mine)
-        if drawn[-1][0] and not kept:
-            tokens, targets, lengths = mine[-1][1]
-            mine.append((True, (tokens, np.full_like(targets, IGNORED), lengths)))
-            kept = 1
-        return self.rows[0].collate([row for _, row in mine], kept)
+        if not drawn[-1][0] or kept:
+            return self.rows[0].collate([row for _, row in mine], kept)
+        tokens, targets, lengths = mine[-1][1]
+        none = tokens, np.full_like(targets, IGNORED), lengths
+        batch = self.rows[0].collate([*(row for _, row in mine), none], 1)
+        documents = batch.documents and batch.documents - len(lengths)
+        return batch._replace(documents=documents, padding=batch.padding + len(tokens))
 
     def _next(self) -> int:
         """The corpus that is due first, of those that may give the next row by then; in whole

@@ -7,7 +7,7 @@ import torch
 import llamapro_kernels as lk
 from llamapro.data.tokens import IGNORED, Batch, TokenDataset
 from llamapro.model import Llama
-from llamapro.ranks import ALONE, Ranks, whole
+from llamapro.ranks import ALONE, Ranks
 
 ROWS_AT_A_TIME = 4
 
@@ -33,15 +33,13 @@ def what_the_base_says(
     model's trains."""
     if not sets:
         return {}
-    head = whole(model.lm_head.weight)
-    head = head.clone() if model.lm_head.weight.requires_grad else head
-    said = {}
+    found, states = {}, {name: [] for name in sets}
     with model.as_base():
         for name, rows in sets.items():
-            states: list[torch.Tensor] = []
-            found = perplexity(model, rows, max_tokens, states=states, ranks=ranks)
-            said[name] = BaseSays(states, head, found["perplexity"])
-    return said
+            found[name] = perplexity(model, rows, max_tokens, states=states[name], ranks=ranks)
+    head = model.lm_head.weight  # of a sharded model it is there by now, in its dtype
+    head = head.clone() if head.requires_grad else head
+    return {name: BaseSays(states[name], head, found[name]["perplexity"]) for name in sets}
 
 
 @torch.no_grad()

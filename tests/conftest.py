@@ -18,7 +18,8 @@ from stock_models import SIZES, SPECIAL, TEMPLATE
 import llamapro_kernels as lk
 
 LONGEST = ("test_aot.py", "test_planner.py", "test_trainers.py", "test_kills.py", "test_fuzz.py")
-LONGEST += ("test_prepare.py", "test_paper.py")
+LONGEST += ("test_prepare.py", "test_paper.py", "test_parallel.py", "test_planner_ranks.py")
+LONGEST += ("test_ranks_resume.py", "test_ranks_torchrun.py", "test_ranks_faults.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -66,7 +66,7 @@ def test_ranks_train_as_one_does(runs):
             for name, c in runs.items()
             if name in names and (name, shard) != ("8bit", "full")
         }
-        train_together(together.values(), count)
+        train_together([*together.values()], count)
         for (name, shard), ours in together.items():
             for what in (losses, evaluated, weights):
                 alone, peer = what(one[name]), what(smaller[name])

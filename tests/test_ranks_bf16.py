@@ -23,9 +23,10 @@ def losses(config):
 def test_two_ranks_in_bf16_are_as_near_to_fp32_as_one_is(config, token_data):
     """At most twice as far; also where everything trains and some rows are kept, and a rank has
     nothing but kept rows, or none."""
+    config = replace(config, steps=8, eval_every=4)
     base = replace(config, evaluate={"more": str(token_data("more", top=40))})
-    kept = replace(base, keep=0.5, keep_data=base.evaluate["more"], evaluate={})
-    kinds = {"new": base, "kept": kept, "within": replace(kept, keep_within="1%")}
+    kept = {"keep": 0.5, "keep_data": base.evaluate["more"], "keep_within": "1%"}
+    kinds = {"new": base, "kept": replace(base, evaluate={}, **kept)}
     kinds["all"] = replace(base, trainable="all", keep=0.25, keep_data=str(token_data("third")))
     together, checked = [], []
     for name, kind in kinds.items():

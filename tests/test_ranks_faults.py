@@ -147,17 +147,18 @@ def outcome(config):
 
 def test_a_checkpoint_that_one_rank_cannot_write_is_tried_again(config):
     """One that is noticed to have failed only at the end is replaced by the last."""
+    config = replace(config, steps=10, eval_every=5, checkpoint_every=5)
     runs = [named(config, name) for name in ("calm", "metrics", "state", "shard")]
-    runs.append(named(config, "late", checkpoint_every=19))
+    runs.append(named(config, "late", checkpoint_every=9))
     (status, _, said), other = ended(start(runs, 2, work=train_on_full_disks))
     assert (status, other) == (0, (0, "", "")), (said, other)
     assert len(said.splitlines()) == len(runs) - 1 and said.count("could not be written: ") == 1
-    assert said.count("no checkpoint of step 1") == 3 and said.count("there is none on disk") == 3
+    assert said.count("no checkpoint of step ") == 3 and said.count("there is none on disk") == 3
     assert "rank 1: " in said.splitlines()[2]
     for config in runs:
         assert outcome(config) == outcome(runs[0])
         saved = sorted((Path(config.out) / "checkpoints").iterdir())
-        assert len(saved) == 1 + (config is not runs[-1]) and saved[-1].name == "step-00000020"
+        assert len(saved) == 1 + (config is not runs[-1]) and saved[-1].name == "step-00000010"
 
 
 def end_in_faults(configs, resume):

@@ -108,6 +108,7 @@ def saved_at(config, step):
     return tensors
 
 
+@pytest.mark.filterwarnings("ignore:.*assuming the intent is to load")
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_as_many_ranks_go_on_bit_for_bit(exact, shard):
     """What is saved is that of its step, though training goes on before it is written."""

@@ -41,7 +41,7 @@ def workers(agent, restart=0):
     return ours if len(ours) == 2 else None
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     limit = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < limit
@@ -53,7 +53,7 @@ def steps(config):
     return len(records(config)) if (Path(config.out) / "metrics.jsonl").exists() else 0
 
 
-def ended(agent, seconds=60):
+def ended(agent, seconds=120):
     """(exit status, lines that ranks have said, and those of torchrun)."""
     try:
         _, errors = agent.communicate(timeout=seconds)

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from llamapro import planner
+from llamapro import planner, planner_ranks
 from llamapro.data.mixture import corpora
 from llamapro.data.packing import PACKINGS
 from llamapro.data.tokens import are_samples
@@ -18,7 +18,7 @@ from llamapro.train.trackers import TRACKERS
 TRAINABLE = ("new_blocks", "all")
 DTYPES = ("auto", "bfloat16", "float32")
 KEEP_LOSSES = ("kl", "ce")
-SHARDS = ("auto", "none", "full")
+SHARDS = ("auto", *planner_ranks.SHARDS)
 KEPT = "kept"  # the name of the set that keeps the base
 KEEP = 0.2  # of the rows, where nothing is said but how much may be lost
 

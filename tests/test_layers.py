@@ -21,9 +21,9 @@ INSIDE = {
         *("tokens", "packing", "mixture", "sources", "chat", "decontaminate", "shards", "prepare")
     ],
     "eval": [
-        *("perplexity", "scoring", "completion", "harness", "tasks", "sandbox_init", "sandbox"),
-        *("records", "code_shots", "code", "endpoint", "dialogue", "graders", "mint"),
-        *("trace", "evaluate"),
+        *("perplexity", "importance", "scoring", "completion", "harness", "tasks"),
+        *("sandbox_init", "sandbox", "records", "code_shots", "code", "endpoint", "dialogue"),
+        *("graders", "mint", "trace", "evaluate"),
     ],
     "train": [
         *("trackers", "config", "prompts", "replay", "keep", "stopping", "optimizer"),

@@ -4,6 +4,7 @@ fixes them."""
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from recipes import paper as recipe
 from recipes import paper_config, paper_inputs
 from recipes.paper import paper
 from recipes.paper_config import Row, scale, scales, steps, table_of
-from recipes.paper_verdict import verdict
+from recipes.paper_verdict import chosen, verdict
 
 ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("LLAMAPRO_KILLS", 1))  # of the recipe
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def smoke(tmp_path):
 @pytest.fixture
 def small(smoke):
     """Each kind of row once."""
-    rates = dict.fromkeys(paper_config.WAYS, (1e-2,))
+    rates = dict.fromkeys(smoke.rates, (1e-2,))
     return replace(smoke, counts=(1,), blocks=1, shares=(0.25,), seeds=(0,), rates=rates)
 
 
@@ -53,6 +55,7 @@ def test_every_row_end_to_end(smoke):
         assert math.isfinite(sum(run["perplexity"]["domain"] for run in mine))
     assert all(f"not run: {name}" in page for name in table.not_run) and "not run yet" not in page
     assert len(runs) == sum(cost["runs"] for cost in results["costs"])
+    _check_sft(smoke, results)
     saved = read_json(smoke.out / "report" / "results.json")
     assert saved["runs"] == runs and saved["verdict"] == verdict(results)
     for name in ("frontier", "along"):
@@ -60,6 +63,23 @@ def test_every_row_end_to_end(smoke):
     _check_step_zero(smoke, results)
     _check_tokens_and_parameters(smoke, results)
     _check_what_is_frozen(smoke, runs)
+
+
+def _check_sft(config, results):
+    """It begins with what the row, at its best rate and with the same seed, made of the base."""
+    runs, names = results["sft"]["runs"], [row.name for row in table_of(config).sft]
+    assert names == ["base, SFT", "full fine-tuning, SFT", "+2 interleaved, SFT"]
+    assert len(runs) == 3 * (len(config.seeds) + len(config.rates["sft"]) - 1)
+    before = {(r["row"], r["seed"]): r for rows in chosen(results).values() for r in rows.values()}
+    for run in runs:
+        first, steps = run["along"][0], run["along"][-1]["step"]
+        start = before.get((run["row"].removesuffix(", SFT"), run["seed"]))
+        expected = start["perplexity"] if start else results["base"]
+        assert {name: first["perplexity"][name] for name in results["base"]} == expected
+        assert steps * config.batch_size * config.seq_len == config.sft_tokens
+    for rows in chosen({**results, **results["sft"]}).values():
+        for run in rows.values():
+            assert run["perplexity"]["instructions"] < run["along"][0]["perplexity"]["instructions"]
 
 
 def _check_step_zero(config, results):
@@ -112,12 +132,13 @@ def test_killed_it_ends_with_the_same_table(small, tmp_path):
     torch.set_num_threads(1)
     calm = paper(replace(small, out=tmp_path / "calm"))
     words = ["--seeds", "0", "--counts", "1", "--blocks", "1", "--shares", "0.25"]
-    words += ["--device", "cpu", "--out", str(small.out)]
-    words += [word for way in paper_config.WAYS for word in (f"--rates.{way}", "0.01")]
+    words += ["--device", "cpu", "--out", str(small.out), "--workers", "2"]
+    words += [word for way in small.rates for word in (f"--rates.{way}", "0.01")]
     command = [sys.executable, "-m", "recipes.paper", "smoke", *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     finished = small.out / "runs"
-    for count in (1, 6):  # within the run after so many
+    moments = random.Random(0).sample(range(1, len(calm["runs"])), KILLS)
+    for count in sorted(moments):  # within the run after so many
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=ROOT)
         while len([*finished.glob("*/result.json")]) < count:
             assert child.poll() is None, "it ended before it was killed"
@@ -126,7 +147,7 @@ def test_killed_it_ends_with_the_same_table(small, tmp_path):
         child.kill()
         child.wait()
     before = {file: file.stat().st_mtime_ns for file in finished.glob("*/result.json")}
-    assert 6 <= len(before) < len(calm["runs"])
+    assert max(moments) <= len(before) < len(calm["runs"]) + len(calm["sft"]["runs"])
     done = paper(small)
     assert all(file.stat().st_mtime_ns == at for file, at in before.items())
     assert figures(done) == figures(calm)
@@ -134,8 +155,9 @@ def test_killed_it_ends_with_the_same_table(small, tmp_path):
 
 def figures(results):
     """All but what depends on the time."""
-    runs = [{**run, "seconds": None} for run in results["runs"]]
-    return json.loads(json.dumps({**results, "runs": runs}, default=str))
+    for run in (*results["runs"], *results["sft"]["runs"]):
+        run["seconds"] = None
+    return json.loads(json.dumps(results, default=str))
 
 
 def test_another_setting_is_refused(small):
@@ -206,6 +228,7 @@ def test_a_scale_that_is_none(tmp_path, text, said):
         ({"shares": (1.0,)}, r"shares above 0 and below 1 expected"),
         ({"within": "1"}, r"a limit such as 1% expected"),
         ({"tokens": 0}, r"tokens must be at least 1, got 0"),
+        ({"sft_tokens": 0}, r"sft_tokens must be at least 1, got 0"),
     ],
 )
 def test_bad_settings(smoke, changes, said):

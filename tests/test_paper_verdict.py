@@ -10,7 +10,14 @@ BASE = {"domain": 10.0, "general": 20.0}
 
 def run(row, seed, learnt, lost, rate=0.1, **changes):
     perplexity = {"domain": 10 * math.exp(-learnt), "general": 20 * math.exp(lost)}
-    ways = {"way": "full", "placement": None, "blocks": 0, "replayed": None, "within": None}
+    ways = {
+        "way": "full",
+        "placement": None,
+        "blocks": 0,
+        "replayed": None,
+        "within": None,
+        "sft": False,
+    }
     said = {"row": row, "plain": row, "seed": seed, "learning_rate": rate}
     return {**said, **ways, "perplexity": perplexity, **changes}
 
@@ -18,7 +25,8 @@ def run(row, seed, learnt, lost, rate=0.1, **changes):
 def results_of(*runs, rates=(0.01, 0.1, 1.0)):
     setting = {"seeds": [0, 1, 2], "blocks": 2, "rates": {"full": rates, "new_blocks": rates}}
     rows = dict.fromkeys(run["row"] for run in runs)
-    return {"setting": setting, "base": BASE, "runs": [*runs], "costs": [{"row": r} for r in rows]}
+    made = {"setting": setting, "base": BASE, "sft": {"costs": [], "runs": []}}
+    return {**made, "runs": [*runs], "costs": [{"row": r} for r in rows]}
 
 
 def three(row, learnt, lost, noise=0.0, **changes):
@@ -75,6 +83,31 @@ def test_the_verdict_follows():
     assert "+2 interleaved, replay against +2 interleaved: learns as much within noise" in said
     assert "replay: the limit was held in 3 of 3 runs; most was lost 0.50%." in said
     assert lines[-1] == "A better learning rate may lie beyond the sweep of full (1)."
+
+
+def test_the_verdict_after_sft():
+    """Of three rows each pair is compared, answers first; until all runs are there, none is."""
+    results = results_of(*three("full", 1.0, 1.0), *three("+2 interleaved", 1.0, 1.0, **OURS))
+    runs = []
+    for row, answers in (("base, SFT", 9.0), ("full, SFT", 8.0), ("+2, SFT", 8.0)):
+        for made in three(row, 0.0 if row == "base, SFT" else 0.5, 0.1, sft=True):
+            made["perplexity"]["instructions"] = answers + made["seed"] / 100
+            runs.append(made)
+    names = dict.fromkeys(made["row"] for made in runs)
+    results["sft"] = {"costs": [{"row": name} for name in names], "runs": runs[:-1]}
+    assert verdict(results)[-1] == "Not all runs of SFT are there yet."
+    better = {**runs[3], "row": "base, SFT", "learning_rate": 7}
+    assert best_rate([runs[0], better], "base, SFT", 0) == 7
+    results["sft"]["runs"] = runs
+    first, second, third = verdict(results)[-3:]
+    assert first == (
+        "full, SFT against base, SFT: learns to answer 0.118 ± 0.000 more,"
+        " learns 0.500 ± 0.000 more, loses as much within noise (0.000 ± 0.000)."
+    )
+    assert second.startswith("+2, SFT against base, SFT:")
+    assert third.startswith(
+        "+2, SFT against full, SFT: learns to answer as much within noise (0.000"
+    )
 
 
 def test_one_seed_and_missing_runs_have_no_verdict():

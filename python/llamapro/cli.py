@@ -12,12 +12,14 @@ from llamapro.command_line import positional, said_in_one_line, tyro, with_confi
 from llamapro.data import prepare as prepare_module
 from llamapro.data.packing import PackedDataset
 from llamapro.data.tokens import load_tokens
+from llamapro.eval.importance import by_importance
 from llamapro.frozen import FORMS
 from llamapro.hardware import matmul_rate, pick_device
 from llamapro.inference import chat, evaluate, generate
 from llamapro.model_files import read_config
 from llamapro.placement import PLACEMENTS
 from llamapro.ranks import check_alone, speaks
+from llamapro.storage import check_new
 from llamapro.train import replay as replay_module
 from llamapro.train.config import DTYPES, TrainConfig
 from llamapro.train.dry_run import dry_run as show_what_it_would_do
@@ -29,6 +31,7 @@ def expand(
     out: positional(Path, "OUT"),
     new_blocks: int | None = None,
     placement: str = "interleaved",
+    data: Path | None = None,
     per_group: int = 1,
     keep_new: bool = False,
 ) -> None:
@@ -38,14 +41,21 @@ def expand(
         base: The Hugging Face model directory to expand.
         out: The new directory that the expanded model is written to.
         new_blocks: How many blocks are added.
-        placement: Where they go: interleaved, top_half, prefix, suffix, or positions in the
-            expanded stack, such as 4,9,14.
+        placement: Where they go: interleaved, top_half, prefix, suffix, importance, or positions
+            in the expanded stack, such as 4,9,14.
+        data: For importance, text that shall be kept, as `llamapro prepare` writes it: copied are
+            the blocks whose removal costs least on what it holds out.
         per_group: How many blocks are copied onto each group of interleaved ones.
         keep_new: Of an expanded base, count the earlier new blocks as new still.
     """
     where = placement
     if set(placement) <= set("0123456789-,[] "):  # as people and `llamapro plan` write positions
         where = [int(p) if p.strip("-").isdigit() else p for p in _words(placement)]
+    if (placement == "importance") != (data is not None):
+        raise ValueError(f"--data is for --placement importance, got {placement} and {data}")
+    if data is not None:
+        check_new(out)
+        where = by_importance(base, data, new_blocks)
     positions = expansion.expand_checkpoint(
         base, out, new_blocks, where, per_group=per_group, keep_new=keep_new
     )

@@ -17,6 +17,14 @@ MAX_JSON_DEPTH = 50
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def check_new(out) -> Path:
+    """The absolute path. Raises FileExistsError when there is something."""
+    out = Path(out).absolute()
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists; a new directory was expected, nothing was written")
+    return out
+
+
 @contextmanager
 def new_directory(out, *, needs: int = 0, resumes: bool = False) -> Iterator[Path]:
     """A directory that appears at `out` complete and on disk, or never.
@@ -26,9 +34,7 @@ def new_directory(out, *, needs: int = 0, resumes: bool = False) -> Iterator[Pat
     exists, OSError (no space) when the disk has less than `needs` bytes free, and BlockingIOError
     when another process is writing `out`, all before anything is written.
     """
-    out = Path(out).absolute()
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out} exists; a new directory was expected, nothing was written")
+    out = check_new(out)
     free = shutil.disk_usage(next(p for p in out.parents if p.exists())).free
     if free < needs:
         raise OSError(errno.ENOSPC, f"{out} needs {byte_count(needs)}, free are {byte_count(free)}")

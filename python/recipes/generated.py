@@ -1,5 +1,6 @@
 """A tiny base and texts that need no download: what the experiments are tried with."""
 
+import json
 import random
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def write_texts(folder: Path, kind: str) -> Path:
                 said.append(words[at])
                 at = (at + chance.choice((1, 1, 1, 2, 5))) % len(words)
             (directory / f"{number}.txt").write_text(" ".join(said) + f" {number}.\n")
+    return folder
+
+
+def write_instructions(folder: Path) -> Path:
+    """Questions of one word, answered by those that follow it in general texts."""
+    if folder.exists():
+        return folder
+    words = WORDS["general"].split()
+    rows = (
+        {"prompt": word, "completion": " ".join(words[(i + n) % len(words)] for n in range(1, 9))}
+        for i, word in enumerate(words)
+    )
+    with new_directory(folder) as directory:
+        (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

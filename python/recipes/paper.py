@@ -8,6 +8,7 @@ what was interrupted goes on: stopped or killed, the same command ends with the 
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,13 +26,15 @@ from llamapro.train.loop import open_data
 from llamapro.train.metrics import Metrics
 
 from recipes import paper_inputs, paper_report
-from recipes.paper_config import PaperConfig, Row, Run, scales, steps, table_of
+from recipes.paper_config import PaperConfig, Row, Run, Table, scales, steps, table_of
 from recipes.paper_costs import equal_rank, flops, trained
 from recipes.paper_inputs import Inputs
 from recipes.paper_verdict import best_rate
 from recipes.records import commit, settle
 from recipes.rivals import ATTENTION, Judge, adapt, train_experts, train_top_blocks
+from recipes.workers import workers
 
+BEFORE = "taught before"  # the domain, in a run that is taught instructions
 SAMPLES_SEED = 1  # of what is replayed; what a base is measured on has another
 
 
@@ -42,40 +45,54 @@ class Experiment:
     config: PaperConfig
     inputs: Inputs
     shape: LlamaConfig
-    rows: list[Row]
 
 
 def paper(config: PaperConfig) -> dict:
     """Run what is missing; write the results after each run, and return them."""
     setting = asdict(config)
-    del setting["out"]
+    del setting["out"], setting["workers"]
     setting = settle(config.out / "setting.json", setting)
     inputs, table = paper_inputs.make(config), table_of(config)
-    experiment = Experiment(config, inputs, Checkpoint(inputs.base).config, table.rows)
-    costs = [_cost(experiment, row) for row in table.rows]
-    print("\n".join(paper_report.costs(costs)), flush=True)
+    experiment = Experiment(config, inputs, Checkpoint(inputs.base).config)
+    costs, sft_costs = (
+        [_cost(experiment, row) for row in rows] for rows in (table.rows, table.sft)
+    )
+    print("\n".join(paper_report.costs(costs + sft_costs)), flush=True)
     where = {"environment": environment(pick_device(config.device)), "commit": commit()}
-    results = {"setting": setting, **where, "not_run": table.not_run, "costs": costs}
-    results |= {"base": _measure_base(experiment), "runs": []}
-    for run in runs(experiment, results["runs"]):
-        _say(run, costs, results["runs"])
-        results["runs"].append(_run(experiment, run))
-        paper_report.write(results, config.out / "report")
+    results = {"setting": setting, **where, "not_run": table.not_run, "costs": costs, "runs": []}
+    results |= {"base": _measure_base(experiment), "sft": {"costs": sft_costs, "runs": []}}
+    with workers(config.workers) as mapped:
+        for stage in stages(config, table, results):
+            tasks = [(run, _settings(experiment, run)) for run in stage]
+            for result in mapped(partial(_run, experiment), tasks):
+                (results["sft"] if result["sft"] else results)["runs"].append(result)
+                _say(results, result, config.workers)
+                paper_report.write(results, config.out / "report")
     paper_report.draw(results, config.out / "report")
     return results
 
 
-def runs(experiment: Experiment, done: list[dict]) -> Iterator[Run]:
-    """Every run: the sweeps, then each row at its best rate. done: what came out of earlier ones,
-    on which later ones depend."""
-    config, swept = experiment.config, experiment.config.seeds[0]
-    for row in experiment.rows:
-        if row == row.plain:
-            yield from (Run(row, rate, swept) for rate in config.rates[row.way])
-    for seed in config.seeds:
-        for row in experiment.rows:
-            if row != row.plain or seed != swept:
-                yield Run(row, best_rate(done, row.plain.name, swept), seed)
+def stages(config: PaperConfig, table: Table, results: dict) -> Iterator[list[Run]]:
+    """Every run: those of a stage depend on the results of the stages before. The sweeps, then each
+    row at its best rate; then the same of SFT, which begins with what a row made of the base."""
+    first = config.seeds[0]
+    for rows, done in ((table.rows, results["runs"]), (table.sft, results["sft"]["runs"])):
+
+        def run(row: Row, rate: float, seed: int) -> Run:
+            start = None
+            if row.sft and row.way != "base":
+                before = replace(row, sft=False)
+                start = Run(before, best_rate(results["runs"], before.name, first), seed)
+            return Run(row, rate, seed, start)
+
+        plain = [row for row in rows if row == row.plain]
+        yield [run(row, rate, first) for row in plain for rate in config.rates[row.swept]]
+        yield [
+            run(row, best_rate(done, row.plain.name, first), seed)
+            for seed in config.seeds
+            for row in rows
+            if row not in plain or seed != first
+        ]
 
 
 def _cost(experiment: Experiment, row: Row) -> dict:
@@ -86,21 +103,25 @@ def _cost(experiment: Experiment, row: Row) -> dict:
         "trained": trained(config, shape, row),
         "steps": steps(config, row),
         "flops": flops(config, shape, row),
-        "runs": len(config.seeds) + (len(config.rates[row.way]) - 1 if plain else 0),
+        "runs": len(config.seeds) + (len(config.rates[row.swept]) - 1 if plain else 0),
     }
 
 
-def _say(run: Run, costs: list[dict], done: list[dict]) -> None:
-    """Which run comes now, and how long the rest will take by the FLOPs and seconds so far."""
+def _say(results: dict, result: dict, at_once: int) -> None:
+    """What came out of a run, and how long the rest will take by the FLOPs and seconds so far."""
+    costs = results["costs"] + results["sft"]["costs"]
+    done = results["runs"] + results["sft"]["runs"]
     of_row = {cost["row"]: cost["flops"] for cost in costs}
-    said = f"\n{run.row.name}, learning rate {run.rate:g}, seed {run.seed}: run {len(done) + 1} of"
-    said += f" {sum(cost['runs'] for cost in costs)}"
-    if done:
-        spent = sum(of_row[result["row"]] for result in done)
-        left = sum(cost["flops"] * cost["runs"] for cost in costs) - spent
-        minutes = left / spent * sum(result["seconds"] for result in done) / 60
-        said += f", about {minutes:.0f} minutes of training left"
-    print(said, flush=True)
+    spent = sum(of_row[run["row"]] for run in done)
+    left = sum(cost["flops"] * cost["runs"] for cost in costs) - spent
+    minutes = left / spent * sum(run["seconds"] for run in done) / 60 / at_once
+    perplexity = "  ".join(f"{name} {value:.2f}" for name, value in result["perplexity"].items())
+    print(
+        f"{result['row']}, learning rate {result['learning_rate']:g}, seed {result['seed']}:"
+        f" {perplexity}; run {len(done)} of {sum(cost['runs'] for cost in costs)},"
+        f" about {minutes:.0f} minutes of training left",
+        flush=True,
+    )
 
 
 def _measure_base(experiment: Experiment) -> dict:
@@ -115,9 +136,9 @@ def _measure_base(experiment: Experiment) -> dict:
     return read_json(file)
 
 
-def _run(experiment: Experiment, run: Run) -> dict:
+def _run(experiment: Experiment, task: tuple[Run, TrainConfig]) -> dict:
     """What came out of a run, which is made, or gone on with, where it is missing."""
-    settings = _settings(experiment, run)
+    run, settings = task
     out = Path(settings.out)
     file = out / "result.json"
     if not file.exists():
@@ -130,7 +151,9 @@ def _run(experiment: Experiment, run: Run) -> dict:
 
 def _train(experiment: Experiment, run: Run, settings: TrainConfig) -> None:
     config, row = experiment.config, run.row
-    if row.way == "lora":
+    if row.sft:
+        train(settings, resume=Path(settings.out).exists())
+    elif row.way == "lora":
         adapt(settings, config.lora_rank, ATTENTION)
     elif row.way == "lora_equal":
         adapt(settings, equal_rank(config, experiment.shape))
@@ -145,15 +168,20 @@ def _train(experiment: Experiment, run: Run, settings: TrainConfig) -> None:
 
 
 def _settings(experiment: Experiment, run: Run) -> TrainConfig:
+    """The settings of a run; what it needs, and is not there, is made."""
     config, inputs, row = experiment.config, experiment.inputs, run.row
-    model, count = inputs.base, steps(config, row)
-    if row.way == "new_blocks":
+    model, taught, count = inputs.base, inputs.domain, steps(config, row)
+    measured = dict(inputs.general)
+    if row.sft:
+        taught, measured = inputs.instructions, {**measured, BEFORE: inputs.domain}
+        model = _out(config, run.start) / "final" if run.start else model
+    elif row.way == "new_blocks":
         model = paper_inputs.expanded(config, inputs, row.blocks, row.placement)
     settings = TrainConfig(
         model=str(model),
-        data=(str(inputs.domain),),
-        out=str(config.out / "runs" / run.name),
-        trainable="new_blocks" if row.way == "new_blocks" else "all",
+        data=(str(taught),),
+        out=str(_out(config, run)),
+        trainable="new_blocks" if row.way == "new_blocks" and not row.sft else "all",
         steps=count,
         batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -163,7 +191,7 @@ def _settings(experiment: Experiment, run: Run) -> TrainConfig:
         dtype=config.dtype,
         device=config.device,
         seed=run.seed,
-        evaluate={name: str(path) for name, path in inputs.general.items()},
+        evaluate={name: str(path) for name, path in measured.items()},
         eval_every=max(1, -(-count // config.evaluations)),
         eval_tokens=config.eval_tokens,
         checkpoint_every=config.checkpoint_every,
@@ -174,6 +202,10 @@ def _settings(experiment: Experiment, run: Run) -> TrainConfig:
     how = {"keep": row.share, "keep_data": str(kept or _samples(experiment))}
     how["keep_loss"] = "ce" if row.replayed == "original" else "kl"
     return replace(settings, **how, keep_within=row.within)
+
+
+def _out(config: PaperConfig, run: Run) -> Path:
+    return config.out / "runs" / run.name
 
 
 def _samples(experiment: Experiment) -> Path:
@@ -187,7 +219,10 @@ def _result(run: Run, out: Path) -> dict:
     """The figures of a run that is finished."""
     summary, records = read_json(out / "summary.json"), Metrics(out / "metrics.jsonl").read()
     taken = [record for record in records if "loss" in record]
-    shown = {"domain", *summary["config"]["evaluate"]}
+    settings = summary["config"]
+    names = {name: name for name in ("domain", *settings["evaluate"])}
+    if run.row.sft:
+        names |= {"domain": "instructions", BEFORE: "domain"}
     state = read_state(checkpoints(out)[-1])
     return {
         "row": run.row.name,
@@ -199,10 +234,11 @@ def _result(run: Run, out: Path) -> dict:
         "rows_taken": state["rows"],
         "tokens": sum(record["tokens"] for record in taken),
         "seconds": sum(record["tokens"] / record["tokens_per_second"] for record in taken),
-        "perplexity": {n: v for n, v in summary["perplexity_after"].items() if n in shown},
-        "kl": {n: v for n, v in summary["kl_after"].items() if n in shown},
+        "perplexity": {n: summary["perplexity_after"][old] for old, n in names.items()},
+        # After SFT it would be that to the model it began with.
+        "kl": {} if run.row.sft else {n: summary["kl_after"][n] for n in settings["evaluate"]},
         "along": [
-            {"step": r["step"], "perplexity": {n: r["perplexity"][n] for n in shown}}
+            {"step": r["step"], "perplexity": {n: r["perplexity"][old] for old, n in names.items()}}
             for r in records
             if "perplexity" in r
         ],

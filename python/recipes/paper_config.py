@@ -10,6 +10,7 @@ from llamapro.train.config import parse_share
 
 SCALES = Path(__file__).with_name("paper_scales")
 WAYS = ("full", "lora", "lora_equal", "top_blocks", "experts", "new_blocks")
+SFT = "sft"  # all parameters learn to answer, after a row's way of learning the domain
 PLACEMENTS = ("top_half", "suffix", "prefix", "importance")  # beside interleaved
 
 
@@ -37,6 +38,11 @@ class PaperConfig:
     """The learning rates that are swept, by what is trained."""
     original: str | None = None
     """Which of the general sets is replayed as the base's original data."""
+    instructions: str | None = None
+    """What is answered, after the domain: a file or folder of conversations, or generated, alpaca;
+    its learning rates are those of sft."""
+    sft_tokens: int = 0
+    """The tokens of instructions that each run after the domain sees."""
     data_root: Path | None = None
     """The folder with models/stories260K and text/{legal,math,english}, where they are named."""
     out: Path = Path("runs/paper")
@@ -65,11 +71,14 @@ class PaperConfig:
     """How often a run is evaluated, its end among them."""
     checkpoint_every: int = 100
     """How many steps lie between checkpoints."""
+    workers: int = 1
+    """How many runs are made at once, each in a process with its share of the threads."""
     bos_token: str | None = None
     """What samples of the base begin with, by default its beginning of sequence."""
 
     def __post_init__(self):
-        for name in ("tokens", "blocks", "lora_rank", "evaluations"):
+        counts = ["tokens", "blocks", "lora_rank", "evaluations", "workers"]
+        for name in counts + ["sft_tokens"] * (self.instructions is not None):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("general", "counts", "seeds"):
@@ -78,8 +87,9 @@ class PaperConfig:
                 raise ValueError(f"{name}: one or more, each once, expected, got {shown(given)}")
         if self.blocks not in self.counts:
             raise ValueError(f"blocks must be one of counts {self.counts}, got {self.blocks}")
-        if {*self.rates} != {*WAYS} or not all(self.rates.values()):
-            raise ValueError(f"rates of each of {WAYS} expected, got {shown(self.rates)}")
+        ways = WAYS if self.instructions is None else (*WAYS, SFT)
+        if {*self.rates} != {*ways} or not all(self.rates.values()):
+            raise ValueError(f"rates of each of {ways} expected, got {shown(self.rates)}")
         if self.original is not None and self.original not in self.general:
             raise ValueError(f"original must be one of {self.general}, got {self.original!r}")
         if not all(0 < share < 1 for share in self.shares):
@@ -119,11 +129,13 @@ class Row:
     replayed: str | None = None  # "original" or "self"
     share: float = 0.0
     within: str | None = None
+    sft: bool = False
 
     @property
     def name(self) -> str:
         """As tables have it."""
         names = {
+            "base": "base",
             "full": "full fine-tuning",
             "lora": "LoRA, attention",
             "lora_equal": "LoRA, equal parameters",
@@ -134,21 +146,28 @@ class Row:
         said = names[self.way]
         if self.replayed:
             said += f", {self.share:.0%} {self.replayed}-replay".replace("original-", "original ")
-        return said + (f", within {self.within}" if self.within else "")
+        said += f", within {self.within}" if self.within else ""
+        return said + (", SFT" if self.sft else "")
 
     @property
     def plain(self) -> "Row":
         """The same without replay: its learning rate is taken."""
         return replace(self, replayed=None, share=0.0, within=None)
 
+    @property
+    def swept(self) -> str:
+        """The name of its learning rates."""
+        return SFT if self.sft else self.way
+
 
 @dataclass(frozen=True)
 class Run:
-    """A row at one learning rate, with one seed."""
+    """A row at one learning rate, with one seed; start: the run whose model it goes on with."""
 
     row: Row
     rate: float
     seed: int
+    start: "Run | None" = None
 
     @property
     def name(self) -> str:
@@ -159,9 +178,11 @@ class Run:
 
 @dataclass
 class Table:
-    """The rows of a scale, and those of the paper's that it does not run, with the reason."""
+    """The rows of a scale, what instructions come after, and what the paper has and the scale does
+    not run, with the reason."""
 
     rows: list[Row]
+    sft: list[Row]
     not_run: dict[str, str] = field(default_factory=dict)
 
 
@@ -177,17 +198,21 @@ def table_of(config: PaperConfig) -> Table:
         rows += [replace(row, replayed=k, share=s) for k in kinds for s in config.shares]
         most = max(config.shares)
         rows.append(replace(row, replayed="self", share=most, within=config.within))
+    sft = [replace(row, sft=True) for row in (Row("base"), Row("full"), expanded)]
     not_run = {
-        "SFT of base, full and expanded": "not in this recipe yet",
         "benchmarks": "`llamapro eval RUN/final` measures a run's model",
         "TRACE in sequence": "an experiment of its own: `make trace`",
     }
     if config.original is None:
         not_run["replay of original data"] = f"those of {config.model} are not at hand"
-    return Table(rows, not_run)
+    if config.instructions is None:
+        not_run["SFT of base, full and expanded"] = "no instructions are named"
+        sft = []
+    return Table(rows, sft, not_run)
 
 
 def steps(config: PaperConfig, row: Row) -> int:
     """As many as show each row the same tokens of the domain: what is replayed comes on top."""
     size = config.batch_size * config.gradient_accumulation_steps * config.seq_len
-    return max(1, math.ceil(round(config.tokens / (1 - row.share) / size, 6)))
+    tokens = config.sft_tokens if row.sft else config.tokens
+    return max(1, math.ceil(round(tokens / (1 - row.share) / size, 6)))

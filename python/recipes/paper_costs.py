@@ -15,6 +15,8 @@ def trained(config: PaperConfig, base: LlamaConfig, row: Row) -> int:
     """How many parameters a row trains."""
     counts = planner.parameters(base)
     width, inner = base.hidden_size, base.intermediate_size
+    if row.sft:
+        return (base.num_hidden_layers + row.blocks) * counts["block"] + counts["rest"]
     return {
         "full": base.num_hidden_layers * counts["block"] + counts["rest"],
         "lora": _adapters(base, ATTENTION) * config.lora_rank,
@@ -57,9 +59,9 @@ def flops(config: PaperConfig, base: LlamaConfig, row: Row) -> int:
         # Where the least important blocks are, is not known yet: interleaved ones stand for them.
         placement = "interleaved" if row.placement == "importance" else row.placement
         shape = expanded_config(base, place_blocks(len(blocks), row.blocks, placement))
-        trainable = tuple(shape.new_blocks)
+        trainable = None if row.sft else tuple(shape.new_blocks)
     work = planner.Workload(shape, trainable, *size, **how)
-    if row.way in ("full", "top_blocks", "new_blocks"):
+    if row.sft or row.way in ("full", "top_blocks", "new_blocks"):
         a_batch = sum(planner.flops(work).values())
     else:
         head = 4 * work.tokens * base.hidden_size * base.vocab_size

@@ -6,19 +6,25 @@ from pathlib import Path
 import torch
 from llamapro.data.packing import open_rows
 from llamapro.data.prepare import prepare
-from llamapro.eval.perplexity import perplexity
+from llamapro.eval.importance import least_important, removal_costs
 from llamapro.expansion import expand_checkpoint
 from llamapro.hardware import pick_device
 from llamapro.hf import Checkpoint
 from llamapro.model import Llama
-from llamapro.storage import write_json
+from llamapro.storage import write_json, write_text
 from llamapro.train.replay import replay
 
 from recipes import assets
-from recipes.generated import make_base, write_texts
+from recipes.generated import make_base, write_instructions, write_texts
 from recipes.paper_config import PaperConfig
 from recipes.stories import convert
 
+TEMPLATE = """\
+{% for message in messages %}
+{{ message.role }}: {{ message.content }}
+{% endfor %}
+{% if add_generation_prompt %}
+assistant: {% endif %}"""  # for a base without one
 FRESH_SEED = 1000  # of samples that no run has seen
 HELD_OUT = {"code": 0.05, "encyclopaedia": 0.5, "wikitext": 1.0}  # a tenth of others
 TEXTS = {
@@ -36,6 +42,7 @@ class Inputs:
     base: Path
     domain: Path
     general: dict[str, Path]
+    instructions: Path | None
 
 
 def make(config: PaperConfig) -> Inputs:
@@ -52,7 +59,10 @@ def make(config: PaperConfig) -> Inputs:
         else:
             path = _data(config, base, name, folder)
         general[Path(name).name] = path
-    return Inputs(base, domain, general)
+    instructions = None
+    if config.instructions is not None:
+        instructions = _data(config, base, config.instructions, "instructions")
+    return Inputs(base, domain, general, instructions)
 
 
 def samples(config: PaperConfig, base: Path, name: str, tokens: int, seed: int) -> Path:
@@ -76,44 +86,45 @@ def expanded(config: PaperConfig, inputs: Inputs, blocks: int, placement: str) -
 
 
 def after_the_least_important(config: PaperConfig, inputs: Inputs, count: int) -> list[int]:
-    """The positions of new blocks that are copies of those whose removal costs least on the general
-    sets (as ADEPT does, arXiv 2510.10071), each above its own; what each costs is noted."""
+    """The positions of new blocks by what each block's removal costs on the general sets, which is
+    noted."""
     shape = Checkpoint(inputs.base).config
     dtype, device = getattr(torch, config.dtype), pick_device(config.device)
     model = Llama.from_pretrained(inputs.base, dtype, device)
     how = shape.vocab_size, config.seq_len, config.packing
-    sets = {name: open_rows(path, "heldout", *how) for name, path in inputs.general.items()}
-
-    def loss() -> float:
-        found = [perplexity(model, rows, config.eval_tokens)["loss"] for rows in sets.values()]
-        return sum(found) / len(found)
-
-    whole, costs = loss(), []
-    for i in range(shape.num_hidden_layers):
-        model.skipped = frozenset({i})
-        costs.append(loss() - whole)
+    sets = [open_rows(path, "heldout", *how) for path in inputs.general.values()]
+    costs = removal_costs(model, sets, config.eval_tokens)
     write_json(config.out / "importance.json", {"nats that each block's removal costs": costs})
-    least = sorted(sorted(range(len(costs)), key=costs.__getitem__)[:count])
-    return [place + 1 + number for number, place in enumerate(least)]
+    return least_important(costs, count)
 
 
 def _base(config: PaperConfig) -> Path:
     if config.model == "generated":
-        return make_base(config.out / "generated", config.seq_len)
+        return _with_template(make_base(config.out / "generated", config.seq_len))
     if config.model == "stories260k":
-        return convert(_root(config) / "models" / "stories260K", config.out / "base")
+        source = _root(config) / "models" / "stories260K"
+        return _with_template(convert(source, config.out / "base"))
     if config.model == "smollm2":
         return assets.smollm2()
     return Path(Checkpoint(config.model).path)
+
+
+def _with_template(base: Path) -> Path:
+    write_text(base / "chat_template.jinja", TEMPLATE)
+    return base
 
 
 def _data(config: PaperConfig, base: Path, name: str, folder: str) -> Path:
     out, pattern = config.out / folder, "*"
     if out.exists():
         return out
-    if name == "generated":
+    if name == "generated" and folder == "instructions":
+        sources = [write_instructions(config.out / "generated" / folder)]
+    elif name == "generated":
         kind = folder.split("-")[0]
         sources = [write_texts(config.out / "generated" / kind, kind)]
+    elif name == "alpaca":
+        sources = [_root(config) / "sft" / "alpaca_en_demo.json"]
     elif name == "code":
         sources = assets.standard_library()
     elif name == "encyclopaedia":

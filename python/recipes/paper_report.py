@@ -6,7 +6,7 @@ from pathlib import Path
 from llamapro.markdown import table
 from llamapro.storage import write_json, write_text
 
-from recipes.paper_verdict import CERTAIN, chosen, nats, of_row, verdict
+from recipes.paper_verdict import CERTAIN, chosen, nats, of_row, taught, verdict
 
 MARKERS = {"full": "s", "lora": "^", "lora_equal": "v", "top_blocks": "D", "experts": "P"}
 MARKERS |= {"new_blocks": "o"}
@@ -29,12 +29,14 @@ def page(results: dict) -> str:
     """The whole page as Markdown."""
     setting, where = results["setting"], results["environment"]
     size = setting["batch_size"] * setting["gradient_accumulation_steps"]
-    planned = sum(cost["runs"] for cost in results["costs"])
+    costs_of_all = results["costs"] + results["sft"]["costs"]
+    planned = sum(cost["runs"] for cost in costs_of_all)
+    done = results["runs"] + results["sft"]["runs"]
     lines = [
         "# Block expansion beside its rivals",
         f"{setting['model']} learns {setting['domain']}: {setting['tokens']:,} tokens of it in"
         f" every run, in steps of {size} x {setting['seq_len']}; what is replayed comes on top.",
-        f"{len(results['runs'])} of {planned} runs are done. {setting['dtype']},"
+        f"{len(done)} of {planned} runs are done. {setting['dtype']},"
         f" {where['processor']}, torch {where['torch']}, commit {results['commit']}.",
         "",
         "## Rows",
@@ -45,6 +47,7 @@ def page(results: dict) -> str:
         "",
         *_rows(results),
         "",
+        *_after_sft(results),
         "![What is learnt against what is lost](frontier.png)",
         "",
         "![The same over tokens](along.png)",
@@ -57,13 +60,13 @@ def page(results: dict) -> str:
         *(f"- {line}" for line in verdict(results)),
         "",
         "## Learning rates",
-        f"The sweeps, seed {setting['seeds'][0]}; a row with replay takes the rate of the row"
-        " without.",
+        f"The sweeps, seed {setting['seeds'][0]}, and perplexity of what was taught: the domain, or"
+        " answers. A row with replay takes the rate of the row without.",
         "",
         *_sweeps(results),
         "",
         "## Costs, planned beforehand",
-        *costs(results["costs"]),
+        *costs(costs_of_all),
         "",
         "## Not run",
         *(f"- not run: {name}: {reason}" for name, reason in results["not_run"].items()),
@@ -72,40 +75,56 @@ def page(results: dict) -> str:
 
 
 def _rows(results: dict) -> list[str]:
-    base, sets = results["base"], [name for name in results["base"] if name != "domain"]
-    head = ["row", "rate", "seeds", "trained", "domain", *sets, "KL to the base"]
-    cells = [
-        ["base", "", "", "", *(f"{base[name]:.2f}" for name in ("domain", *sets)), "0", "", ""]
-    ]
+    base = results["base"]
+    sets = ["domain", *(name for name in base if name != "domain")]
+    head = ["row", "rate", "seeds", "trained", *sets, "KL to the base", "learnt", "lost"]
+    cells = [["base", "", "", "", *(f"{base[name]:.2f}" for name in sets), "0", "", ""]]
     rows = chosen(results)
-    for cost in results["costs"]:
-        runs = rows.get(cost["row"], {})
-        if not runs:
-            cells.append([cost["row"], "not run yet", *[""] * (len(cells[0]) - 2)])
+    for name in (cost["row"] for cost in results["costs"]):
+        runs = rows.get(name)
+        if runs is None:
+            cells.append([name, "not run yet", *[""] * (len(head) - 2)])
             continue
-        all_of, first = list(runs.values()), next(iter(runs.values()))
-        means = [statistics.fmean(r["perplexity"][name] for r in all_of) for name in base]
-        kl = statistics.fmean(statistics.fmean(r["kl"].values()) for r in all_of)
-        row = [
-            cost["row"],
-            f"{first['learning_rate']:g}",
-            str(len(all_of)),
-            f"{first['trained']:,}",
-        ]
-        row += [*(f"{mean:.2f}" for mean in means), f"{kl:.3f}"]
-        cells.append(row + [str(of_row(runs, base, measure)) for measure in ("learnt", "lost")])
-    return table([*head, "learnt", "lost"], cells)
+        kl = statistics.fmean(statistics.fmean(r["kl"].values()) for r in runs.values())
+        cells.append(_cells(name, runs, sets, base, f"{kl:.3f}"))
+    return table(head, cells)
+
+
+def _cells(name: str, runs: dict[int, dict], sets: list[str], base: dict, *kl: str) -> list[str]:
+    """A row's means over its seeds."""
+    all_of, first = list(runs.values()), next(iter(runs.values()))
+    means = [statistics.fmean(r["perplexity"][name] for r in all_of) for name in sets]
+    said = [name, f"{first['learning_rate']:g}", str(len(all_of)), f"{first['trained']:,}"]
+    said += [*(f"{mean:.2f}" for mean in means), *kl]
+    return said + [str(of_row(runs, base, measure)) for measure in ("learnt", "lost")]
+
+
+def _after_sft(results: dict) -> list[str]:
+    """What is left of what a row learnt and kept, once all parameters learn to answer."""
+    setting, base = results["setting"], results["base"]
+    if not results["sft"]["costs"]:
+        return []
+    sets = ["instructions", "domain", *(name for name in base if name != "domain")]
+    rows = chosen(results | results["sft"])
+    cells = [_cells(name, runs, sets, base) for name, runs in rows.items()]
+    return [
+        f"Then SFT: all parameters, {setting['sft_tokens']:,} tokens of {setting['instructions']}."
+        " Learnt and lost are against the base as above.",
+        "",
+        *table(["row", "rate", "seeds", "trained", *sets, "learnt", "lost"], cells),
+        "",
+    ]
 
 
 def _sweeps(results: dict) -> list[str]:
     seed, base = results["setting"]["seeds"][0], results["base"]
     cells = [
-        [r["row"], f"{r['learning_rate']:g}", f"{r['perplexity']['domain']:.2f}"]
+        [r["row"], f"{r['learning_rate']:g}", f"{taught(r):.2f}"]
         + [f"{nats(r, base, measure):.3f}" for measure in ("learnt", "lost")]
-        for r in results["runs"]
+        for r in results["runs"] + results["sft"]["runs"]
         if r["seed"] == seed and r["plain"] == r["row"]
     ]
-    return table(["row", "learning rate", "domain", "learnt", "lost"], cells)
+    return table(["row", "learning rate", "perplexity", "learnt", "lost"], cells)
 
 
 def costs(rows: list[dict]) -> list[str]:

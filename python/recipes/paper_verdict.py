@@ -5,6 +5,7 @@ many as that of the general sets rises, on average. Two rows are compared seed b
 same tokens in the same order.
 """
 
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from llamapro.train.config import parse_share
 
 CERTAIN = 2  # standard errors, below which a difference is noise
 MEASURES = {"learnt": "learns", "lost": "loses"}
+AFTER_SFT = {"answered": "learns to answer", **MEASURES}
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,14 @@ class Measured:
 
 
 def best_rate(runs: list[dict], row: str, seed: int) -> float:
-    """The learning rate of a row's sweep with the lowest perplexity of the domain."""
-    swept = [r for r in runs if r["row"] == row and r["seed"] == seed]
-    return min(swept, key=lambda run: run["perplexity"]["domain"])["learning_rate"]
+    """The learning rate of a row's sweep with the lowest perplexity of what is taught."""
+    swept = [run for run in runs if run["row"] == row and run["seed"] == seed]
+    return min(swept, key=taught)["learning_rate"]
+
+
+def taught(run: dict) -> float:
+    """Perplexity of what a run was taught: the domain, or answers to instructions."""
+    return run["perplexity"]["instructions" if run["sft"] else "domain"]
 
 
 def chosen(results: dict) -> dict[str, dict[int, dict]]:
@@ -58,8 +65,10 @@ def chosen(results: dict) -> dict[str, dict[int, dict]]:
 
 
 def nats(run: dict, base: dict, measure: str) -> float:
-    """What a run has learnt, or lost."""
-    changes = {name: math.log(value / base[name]) for name, value in run["perplexity"].items()}
+    """What a run has learnt, or lost; how well it answers, which has no zero."""
+    if measure == "answered":
+        return -math.log(taught(run))
+    changes = {name: math.log(run["perplexity"][name] / value) for name, value in base.items()}
     gain = -changes.pop("domain")
     return gain if measure == "learnt" else statistics.fmean(changes.values())
 
@@ -81,7 +90,7 @@ def verdict(results: dict) -> list[str]:
     seeds = len(results["setting"]["seeds"])
     if seeds < 2:
         return ["There is one seed, so no standard error: no difference is told from noise."]
-    if any(len(runs) < seeds for runs in rows.values()) or len(rows) < len(results["costs"]):
+    if not _complete(results, rows):
         return ["Not all runs are there yet."]
     lines = [_first(rows, base, "learnt"), _first(rows, base, "lost"), _frontier(rows, base)]
     names = {(r["way"], r["placement"], r["blocks"]): n for n, r in _plain(rows).items()}
@@ -95,7 +104,23 @@ def verdict(results: dict) -> list[str]:
             lines.append(_against(rows, base, name, run["plain"]))
         if run["within"]:
             lines.append(_limit(name, runs, base, run["within"]))
-    return lines + _at_the_edge(rows, results["setting"]["rates"])
+    return lines + _at_the_edge(rows, results["setting"]["rates"]) + _after_sft(results)
+
+
+def _after_sft(results: dict) -> list[str]:
+    """Each row that was taught the domain beside the base, and beside each other."""
+    sft = results | results["sft"]
+    rows = chosen(sft)
+    if not _complete(sft, rows):
+        return ["Not all runs of SFT are there yet."]
+    pairs = [(a, b) for b, a in itertools.combinations(rows, 2)]
+    return [_against(rows, results["base"], a, b, AFTER_SFT) for a, b in pairs]
+
+
+def _complete(results: dict, rows: dict) -> bool:
+    """Whether each row has all of its seeds."""
+    seeds = len(results["setting"]["seeds"])
+    return len(rows) == len(results["costs"]) and all(len(r) == seeds for r in rows.values())
 
 
 def _plain(rows: dict) -> dict[str, dict]:
@@ -130,10 +155,10 @@ def _difference(rows: dict, base: dict, a: str, b: str, measure: str) -> Measure
     return difference(rows[a], rows[b], base, measure)
 
 
-def _against(rows: dict, base: dict, a: str, b: str) -> str:
+def _against(rows: dict, base: dict, a: str, b: str, measures: dict = MEASURES) -> str:
     """A row beside another."""
     said = []
-    for measure, verb in MEASURES.items():
+    for measure, verb in measures.items():
         by = _difference(rows, base, a, b, measure)
         how = {1: "more", -1: "less", 0: "as much within noise"}[by.sign]
         amount = f"{abs(by.mean):.3f} ± {by.stderr:.3f}"

@@ -97,7 +97,9 @@ class Experts(nn.Module):
 def stock_model(settings: TrainConfig, *, block: bool = True) -> nn.Module:
     """The base in transformers, frozen, on the ops of this library; block: on whole blocks."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of some milliseconds
     dtype = getattr(torch, settings.dtype)
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
     model = model.to(pick_device(settings.device)).requires_grad_(False)

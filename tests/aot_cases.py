@@ -5,14 +5,18 @@ their tiles and argument types.
 """
 
 import functools
+import hashlib
 import itertools
 import os
+import re
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
 
 os.environ.setdefault("LLAMAPRO_TRITON", "1")  # as a script; conftest.py says so for pytest
+import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -185,21 +189,6 @@ OPS = [op for op in CASES if "triton" in library._ops[op].implementations]
 # Elsewhere there are no such numbers, and nothing is launched in 8 bits.
 UNITS = {"sm_90", "sm_100"}
 SKIPPED = {("flash_attention", "fp32", target) for target in ("sm_80", "sm_86", "sm_100")}
-# For sm_90 the tests compile all launches but those of the smallest tiles of that attention, for
-# other chips those of each kernel that need most registers and memory: windows in packed documents
-# and the largest heads; the widest rows that stay in registers, and those that are looped over. The
-# rest is compiled to be recorded.
-SMALLEST = "fp32 64 plain"
-EVERYWHERE = {
-    "flash_attention": ("bf16 128 plain packed", "bf16 256 plain causal"),
-    "rms_norm": ("bf16 16384", "bf16 4096 dx dweight", "bf16 32768", "bf16 576 dx dweight"),
-    "add_rms_norm": ("bf16 16384", "bf16 4096 dx dweight", "bf16 32768"),
-    "swiglu": ("fp16 14336", "bf16 11008 8 bits"),
-    "rope": ("bf16 256", "fp32 128"),
-    "quantize_rows": ("bf16 4096", "bf16 32768"),
-    "linear_cross_entropy": ("fp16 4096",),
-    "linear_kl_divergence": ("fp16 4096",),
-}
 
 
 @dataclass(frozen=True)
@@ -234,18 +223,6 @@ def launches(target):
     return rows
 
 
-def launches_compiled(target):
-    """Those of them that the tests compile: some of every kernel."""
-    rows = launches(target)
-    if target == "sm_90":
-        return rows
-    return {
-        row: launch
-        for row, launch in rows.items()
-        if launch.case.startswith(EVERYWHERE.get(launch.op, launch.case))
-    }
-
-
 def same(launch):
     """What two launches with the same code share."""
     return launch.source.hash(), launch.options["num_warps"], launch.options["num_stages"]
@@ -278,3 +255,20 @@ def specialised(target, op, case, kernel, args, options):
     tile = " ".join(f"{k.removeprefix('num_').lower()}={v}" for k, v in tile.items())
     name = f"{op} | {case} | {kernel.fn.__name__} | {tile}"
     return Launch(target, op, case, name, kernel, ASTSource(kernel, *source), settings.__dict__)
+
+
+def fingerprint(launch):
+    """Of all that decides what is compiled: the kernel as Triton reads it, before anything is
+    optimized, the options, and the compiler."""
+    backend = make_backend(TARGETS[launch.target].gpu)
+    options = backend.parse_options(dict(launch.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    helpers = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = launch.source.make_ir(TARGETS[launch.target].gpu, options, *helpers, context)
+    lines = [line for line in str(module).splitlines() if not line.startswith("#loc")]
+    code = re.sub(r" loc\(.*?\)(?=$| |,|\))", "", "\n".join(lines), flags=re.MULTILINE)
+    # Not where the libraries of this installation lie.
+    said = {name: value for name, value in vars(options).items() if name != "extern_libs"}
+    return hashlib.sha256(f"{triton.__version__} {said} {code}".encode()).hexdigest()[:16]

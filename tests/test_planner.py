@@ -150,12 +150,10 @@ train(config, setting["new"])
 print(peak_memory(torch.device("cpu")) - before)
 """
 HALF = replace(SMOLLM2, num_hidden_layers=15)
-MEASURED = {  # base, new blocks, placement, recompute, trainable, batch, dtype
-    "bf16": (HALF, 3, "interleaved", "none", "new_blocks", 2, torch.bfloat16),
-    "everything": (HALF, 3, "interleaved", "none", "all", 1, torch.bfloat16),
-    "mlp": (HALF, 3, "interleaved", "mlp", "new_blocks", 2, torch.float32),
-    "block": (HALF, 3, "interleaved", "block", "new_blocks", 4, torch.float32),
-    "suffix": (HALF, 3, "suffix", "none", "new_blocks", 2, torch.float32),
+MEASURED = {  # placement, trainable, batch, dtype; what is computed again is measured further below
+    "bf16": ("interleaved", "new_blocks", 2, torch.bfloat16),
+    "everything": ("interleaved", "all", 1, torch.bfloat16),
+    "suffix": ("suffix", "new_blocks", 2, torch.float32),
 }
 
 
@@ -182,11 +180,11 @@ on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read
 @pytest.mark.parametrize("case", MEASURED)
 def test_memory_is_what_was_planned(case):
     """To 5 % of what was measured."""
-    base, new_blocks, placement, recompute, trainable, batch, dtype = MEASURED[case]
-    _, work = workload(base, new_blocks, placement, batch, 512, trainable == "all")
+    placement, trainable, batch, dtype = MEASURED[case]
+    _, work = workload(HALF, 3, placement, batch, 512, trainable == "all")
     work = replace(work, dtype=dtype, device="cpu")
-    recompute = [recompute] * len(work.blocks)
-    planned, measured = memory(work, recompute)["total"], measure(work, placement, recompute, base)
+    recompute = ["none"] * len(work.blocks)
+    planned, measured = memory(work, recompute)["total"], measure(work, placement, recompute, HALF)
     print(f"{case}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert planned == pytest.approx(measured, rel=0.05)
 
@@ -206,13 +204,18 @@ def test_memory_of_head_norms_is_what_was_planned():
 
 
 @on_linux
-def test_the_largest_batch_runs_within_its_limit():
-    _, work = workload(HALF, 3, "interleaved", 1, 128)
-    work, limit = replace(work, dtype=torch.float32, device="cpu"), 0.7e9
+def test_the_largest_batch_needs_what_was_planned_and_is_within_its_limit():
+    _, work = workload(HALF, 3, "interleaved", 1, 256)
+    work, limit = replace(work, dtype=torch.float32, device="cpu"), 0.62e9
     work = replace(work, batch=largest_batch(work, USABLE * limit))
     recompute = choose_recompute(work, USABLE * limit)
-    assert work.batch > 4 and len(set(recompute)) > 1
-    assert measure(work, "interleaved", recompute, HALF) <= limit
+    assert work.batch > 1 and {*recompute} == {*RECOMPUTE}
+    planned, measured = (
+        memory(work, recompute)["total"],
+        measure(work, "interleaved", recompute, HALF),
+    )
+    print(f"{recompute}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
+    assert planned == pytest.approx(measured, rel=0.05) and measured <= limit
 
 
 def test_policies_fit_the_limit_and_no_more_is_computed_again_than_that_takes():

@@ -138,32 +138,20 @@ def count_traffic(count):
 MEASURED = [("none", 1), ("full", 1), ("none", 2), ("full", 2)]  # layout, micro-batches
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def test_memory_and_traffic_of_two_ranks_are_what_was_planned(tmp_path):
+    """To 5 % of what was measured, and exactly, of both steps."""
     if not sys.platform.startswith("linux") or not dist.is_available():
         pytest.skip("needs /proc, and torch's distributed package")
-    directory = tmp_path_factory.mktemp("ranks")
-    first, second = measure_all(directory, SMALL_WORK, 2, MEASURED)
+    first, second = measure_all(tmp_path, SMALL_WORK, 2, MEASURED)
     assert [row[1:] for row in first] == [row[1:] for row in second]
-    return dict(zip(MEASURED, first, strict=True))
-
-
-@pytest.mark.parametrize("shard, accumulation", MEASURED)
-def test_memory_of_two_ranks_is_what_was_planned(measured, shard, accumulation):
-    """To 5 % of what was measured."""
     recompute = ["none"] * len(SMALL_WORK.blocks)
-    planned = rank_memory(SMALL_WORK, recompute, 2, shard, accumulation)["total"]
-    found = measured[shard, accumulation][0]
-    print(f"{shard}: planned {planned / 1e6:.0f} MB, measured {found / 1e6:.0f} MB")
-    assert planned == pytest.approx(found, rel=0.05)
-
-
-@pytest.mark.parametrize("shard, accumulation", MEASURED)
-def test_traffic_of_two_ranks_is_what_was_planned(measured, shard, accumulation):
-    """Exactly, of both steps."""
-    planned = rank_traffic(SMALL_WORK, 2, shard, accumulation)
-    forward, backward, reduced = (2 * size for size in planned.values())
-    assert measured[shard, accumulation][1:] == [forward + backward, reduced]
+    for (shard, accumulation), (peak, gathered, reduced) in zip(MEASURED, first, strict=True):
+        planned = rank_memory(SMALL_WORK, recompute, 2, shard, accumulation)["total"]
+        print(f"{shard}: planned {planned / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB")
+        assert planned == pytest.approx(peak, rel=0.05), (shard, accumulation)
+        traffic = (2 * size for size in rank_traffic(SMALL_WORK, 2, shard, accumulation).values())
+        forward, backward, reducing = traffic
+        assert [gathered, reduced] == [forward + backward, reducing], (shard, accumulation)
 
 
 def test_one_rank_of_an_fp32_model_adds_a_copy_to_the_plan_of_one_device():

@@ -10,7 +10,7 @@ from run_files import records
 from run_ranks import train_together
 from safetensors.torch import load_file
 
-COUNTS = {2: ("packed", "wrapped", "all", "kept", "kept all", "8bit"), 4: ("packed", "kept all")}
+COUNTS = {2: ("packed", "kept", "wrapped, kept, all", "8bit"), 4: ("wrapped, kept, all",)}
 
 
 @pytest.fixture
@@ -23,10 +23,8 @@ def runs(config, tmp_path, token_data):
     kept = replace(base, keep=0.25, keep_data=other)
     return {
         "packed": base,
-        "wrapped": replace(base, packing="wrapped"),
-        "all": replace(base, trainable="all"),
         "kept": kept,
-        "kept all": replace(kept, trainable="all"),
+        "wrapped, kept, all": replace(kept, packing="wrapped", trainable="all"),
         "8bit": replace(base, frozen="8bit"),
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llamapro import planner_ranks
 from llamapro.data.tokens import DataError
 from llamapro.storage import write_json
 from llamapro.train import TrainConfig, train
@@ -36,6 +37,19 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(with_tokenizer
     assert "20 steps of 2 x 2 x 16 tokens in bfloat16" in out and "GFLOPs a token" in out
     assert "the first micro-batch of 32 tokens" in out and "[w" in out
     assert not Path(with_tokenizer.out).exists()
+
+
+def test_a_dry_run_of_several_ranks_plans_one_of_them(with_tokenizer, capsys, monkeypatch):
+    memory, planned = [], planner_ranks.rank_memory
+    monkeypatch.setattr(dry, "rank_memory", lambda *a: memory.append(a[2:]) or planned(*a))
+    for count, shard in ((1, "auto"), (2, "none"), (2, "full")):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        dry.dry_run(replace(with_tokenizer, shard=shard))
+        out = capsys.readouterr().out
+        assert (f" GB on each of 2 ranks, --shard {shard}\n" in out) == (count == 2)
+    assert memory == [(2, "none", 2), (2, "full", 2)]
+    with pytest.raises(ValueError, match="that the number of GPUs divides expected, got 3 rows"):
+        dry.dry_run(replace(with_tokenizer, batch_size=3, shard="none"))
 
 
 def test_samples_that_would_be_made_are_said_and_data_that_is_missing_is_not(

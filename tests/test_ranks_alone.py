@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,9 +36,15 @@ def train_as_a_library(configs, resume):
 
 
 def test_runs_of_one_process_leave_nothing_open(config):
-    said = train_together([replace(config, steps=2)], 2, work=train_as_a_library)
+    """And a tracker hears of each from the first rank alone."""
+    pytest.importorskip("tensorboard")
+    run = replace(config, steps=2, report_to=("tensorboard",))
+    said = train_together([run], 2, work=train_as_a_library)
     for held in json.loads(said.splitlines()[-1]):
         assert held[1] <= held[0] and held[3] <= held[2]
+    for number in range(2, 4):
+        (events,) = Path(f"{run.out}-{number}/tensorboard").iterdir()
+        assert b"learning_rate" in events.read_bytes()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

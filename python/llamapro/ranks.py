@@ -140,9 +140,14 @@ def speaks() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def started_together() -> int:
+    """How many processes torchrun started, of which this is one; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def check_alone() -> None:
     """Raise RuntimeError in each of several processes, which would do the same work."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = started_together()
     if count > 1:
         error = RuntimeError(f"one process expected, torchrun started {count}: train alone shares")
         error.told = not speaks()
@@ -162,7 +167,7 @@ def started(device: str, timeout: float) -> Iterator[Ranks]:
     now and whenever they meet. A process group that is there already is taken, and left. Raises
     RuntimeError when a rank is missing.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = started_together()
     if size == 1:
         yield ALONE
         return

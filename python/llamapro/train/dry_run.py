@@ -1,5 +1,6 @@
 """What a run would do: its data, its cost and its first micro-batch, and nothing is trained."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from llamapro import planner
 from llamapro.data.tokens import IGNORED, Batch
 from llamapro.hardware import pick_device, pick_dtype
 from llamapro.hf import Checkpoint
+from llamapro.planner_ranks import rank_memory, rows_of_a_rank
+from llamapro.ranks import Ranks, started_together
 from llamapro.tokenizer import load_tokenizer
 from llamapro.train.config import TrainConfig, distilled_share, own_samples, with_keep_data
 from llamapro.train.keep import sample_count, without_own_samples
@@ -52,15 +55,23 @@ def _cost(config: TrainConfig, shape, device, documents) -> str:
     trainable = None if config.trainable == "all" else tuple(shape.new_blocks)
     kept = distilled_share(config)
     work = planner.Workload(shape, trainable, *sizes, config.frozen, documents, kept)
-    _, recompute = policies(config, shape, device)
-    total, bytes_of = sum(planner.flops(work, recompute).values()), planner.memory(work, recompute)
+    ranks = started_together()
+    shard, recompute = policies(config, shape, device, Ranks(size=ranks))
+    total = sum(planner.flops(work, recompute).values())
+    if ranks == 1:
+        memory = f"{planner.memory(work, recompute)['total'] / 1e9:.2f} GB"
+    else:
+        a_rank = replace(work, batch=rows_of_a_rank(work.batch, ranks))
+        how = recompute, ranks, shard, config.gradient_accumulation_steps
+        memory = f"{rank_memory(a_rank, *how)['total'] / 1e9:.2f} GB on each of {ranks} ranks"
+        memory += f", --shard {shard}"
     trained = len(work.trained) * planner.parameters(shape)["block"]
     if trainable is None:
         trained += planner.parameters(shape)["rest"]
     return (
         f"{config.steps} steps of {config.gradient_accumulation_steps} x {config.batch_size} x"
         f" {config.seq_len} tokens in {dtype}: {trained / 1e6:.1f} M parameters trained,"
-        f" {total / work.tokens / 1e9:.2f} GFLOPs a token, {bytes_of['total'] / 1e9:.2f} GB"
+        f" {total / work.tokens / 1e9:.2f} GFLOPs a token, {memory}"
     )
 
 

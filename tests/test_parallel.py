@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from llamapro import Llama
@@ -10,7 +11,7 @@ from run_files import records
 from run_ranks import train_together
 from safetensors.torch import load_file
 
-COUNTS = {2: ("packed", "kept", "wrapped, kept, all", "8bit"), 4: ("wrapped, kept, all",)}
+COUNTS = {2: ("answers", "kept", "wrapped, kept, all", "8bit"), 4: ("wrapped, kept, all",)}
 
 
 @pytest.fixture
@@ -22,11 +23,26 @@ def runs(config, tmp_path, token_data):
     base = replace(config, model=path, dtype="float32", batch_size=4, steps=10, eval_every=5)
     kept = replace(base, keep=0.25, keep_data=other)
     return {
-        "packed": base,
+        "answers": replace(base, data=str(conversations(token_data("answers")))),
         "kept": kept,
         "wrapped, kept, all": replace(kept, packing="wrapped", trainable="all"),
         "8bit": replace(base, frozen="8bit"),
     }
+
+
+def conversations(directory):
+    """Documents of 4 to 15 tokens, of which the last third counts."""
+    for part in ("train", "heldout"):
+        ids = np.fromfile(directory / f"{part}.bin", np.uint16)
+        ends = np.cumsum(np.random.default_rng(0).integers(4, 16, len(ids) // 8))
+        ends = np.append(ends[ends < len(ids)], len(ids)).astype(np.uint64)
+        ends.tofile(directory / f"{part}.bin.index")
+        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        lengths = ends.astype(np.int64) - starts
+        within = np.arange(len(ids)) - np.repeat(starts, lengths)
+        counts = within >= 2 * np.repeat(lengths, lengths) // 3
+        counts.astype(np.uint8).tofile(directory / f"{part}.bin.loss")
+    return directory
 
 
 def variant(runs, name, **changes):

@@ -100,6 +100,24 @@ def smollm2():
 
 
 @pytest.fixture
+def run(capsys):
+    """Runs a command line; gives its exit message and what it printed."""
+
+    pytest.importorskip("tyro")
+    from llamapro.cli import main
+
+    def call(*arguments):
+        code = None
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """How often blocks, attentions, fused losses and other ops of ours ran."""
     count = Counter()

@@ -22,21 +22,6 @@ inference = pytest.importorskip("llamapro.inference")
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs a command line; gives its exit message and what it printed."""
-
-    def call(*arguments):
-        code = None
-        try:
-            cli.main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
 def trained(run, tiny, tiny_path, token_data, tmp_path):
     """An expanded and a full run of the same tiny base."""
     data, expanded = token_data(), tmp_path / "expanded"

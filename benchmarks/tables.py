@@ -18,14 +18,8 @@ from benchmarks.gpu.report import cells, table
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "paper.md")
 DOCUMENTS += (ROOT / "docs" / "evaluation.md",)
-KINDS = (
-    "step",
-    "cpu",
-    "demo",
-    "keep",
-    "evaluation",
-    "gpus",
-)  # how a file's name begins; the others are of `benchmarks.gpu`
+# How a file's name begins; the others are of `benchmarks.gpu`.
+KINDS = ("step", "cpu", "demo", "keep", "evaluation", "gpus", "paper")
 README_STEPS = "step-nvidia-h200-2026-11-26.json"
 README_MODELS = ("Llama-2-7B + 8", "Llama-3.2-1B", "Llama-3.2-1B + 4")
 TABLE = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.S)
@@ -229,6 +223,23 @@ def evaluation_page(name, report):
     return "\n".join([*lines, "", f"`python -m benchmarks.beside_hf`, {facts}"])
 
 
+def paper() -> str:
+    """Expansion beside its rivals, and what follows."""
+    return "\n\n".join(paper_page(*item) for item in results("paper").items())
+
+
+def paper_page(name, report):
+    setting, where, runs = report["setting"], report["environment"], report["runs"]
+    facts = f"{setting['model']} learns {setting['domain']}: {setting['tokens']:,} tokens of it in"
+    facts += f" every run, {setting['dtype']}. `make paper SCALE={name.split('-')[1]}`,"
+    facts += f" {len(runs) + len(report['sft']['runs'])} runs, {where['processor']}, torch"
+    facts += f" {where['torch']}, commit {report['commit']} {source(name)}."
+    lines = []
+    for head, *rows in report["tables"].values():
+        lines += [*table(head), *(cells(*row) for row in rows), ""]
+    return "\n".join([facts, "", *lines, *(f"- {line}" for line in report["verdict"])])
+
+
 def gpus() -> str:
     """What several GPUs hold and send, computed."""
     return "\n\n".join(gpus_page(*item) for item in results("gpus").items())
@@ -264,6 +275,7 @@ TABLES = {
     "CPU attention": cpu_attention,
     "demo": demo,
     "keep": keep,
+    "paper": paper,
     "evaluation": evaluation,
     "several GPUs": gpus,
 }

@@ -26,6 +26,7 @@ from recipes.paper import paper
 from recipes.paper_config import Row, scale, scales, steps, table_of
 from recipes.paper_verdict import chosen, verdict
 
+SCORES = {"base": {"arc_challenge": [0.25, 0.03]}}
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("LLAMAPRO_KILLS", 1))  # of the recipe
 
@@ -42,8 +43,13 @@ def small(smoke):
     return replace(smoke, counts=(1,), blocks=1, shares=(0.25,), seeds=(0,), rates=rates)
 
 
-def test_every_row_end_to_end(smoke):
+def test_every_row_end_to_end(smoke, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(recipe.paper_accuracy, "check", lambda config, base: None)
+    monkeypatch.setattr(recipe, "accuracies", lambda config, models: asked.update(models) or SCORES)
+    smoke = replace(smoke, tasks="arc_challenge", limit=2)
     results = paper(smoke)
+    _check_who_is_asked(smoke, results, asked)
     page = (smoke.out / "report" / "paper.md").read_text()
     runs, table = results["runs"], table_of(smoke)
     for row in table.rows:
@@ -63,6 +69,20 @@ def test_every_row_end_to_end(smoke):
     _check_step_zero(smoke, results)
     _check_tokens_and_parameters(smoke, results)
     _check_what_is_frozen(smoke, runs)
+
+
+def _check_who_is_asked(config, results, models):
+    """The base, and each row's model of the first seed, also after SFT; experts have none."""
+    rows = [row.name for row in (*table_of(config).rows, *table_of(config).sft)]
+    assert [*models] == ["base", *(name for name in rows if name != "2 experts")]
+    trained = {r["name"]: r for r in results["runs"] + results["sft"]["runs"]}
+    for row, path in [*models.items()][1:]:
+        run = trained[path.parent.name]
+        assert (run["row"], run["seed"], path.name) == (row, config.seeds[0], "final")
+        assert path.exists()
+    page = (config.out / "report" / "paper.md").read_text()
+    assert "over the first 2 questions of each benchmark" in page
+    assert "| base            | 25.0 ± 3.0    |" in page
 
 
 def _check_sft(config, results):

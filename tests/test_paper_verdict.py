@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from recipes.paper_verdict import Measured, best_rate, chosen, difference, verdict
+from recipes.paper_verdict import Measured, best_rate, chosen, difference, lost_at, verdict
 
 BASE = {"domain": 10.0, "general": 20.0}
 
@@ -37,6 +37,7 @@ def three(row, learnt, lost, noise=0.0, **changes):
     ]
 
 
+SWEEP = [(0.01, 1.0, 0.1), (0.1, 2.0, 0.5), (1.0, 1.5, 3.0)]
 OURS = {"way": "new_blocks", "placement": "interleaved", "blocks": 2}
 
 
@@ -61,6 +62,23 @@ def test_the_best_rate_is_that_of_the_domain():
     runs += [run("a", 1, 5.0, 0.0, rate=0.01), run("b", 0, 7.0, 0.0, rate=1.0)]
     assert best_rate(runs, "a", 0) == 0.1
     assert [*chosen(results_of(*runs))["a"]] == [0]
+
+
+def test_losses_at_equal_gain_by_hand():
+    """Between the neighbours in a sweep; where it turns back, the lesser loss."""
+    points = [(1.0, 0.1), (2.0, 0.5), (1.5, 3.0)]
+    assert lost_at(points, 1.5) == pytest.approx(0.3) and lost_at(points, 2.0) == 0.5
+    assert lost_at(points, 2.1) is None and lost_at(points, 0.9) is None
+    assert lost_at([(1.0, 0.1)], 1.0) is None
+    runs = [run("full", 0, learnt, lost, rate) for rate, learnt, lost in SWEEP]
+    runs += [run("+2", 0, 1.5, 0.4, **OURS), run("few", 0, 1.4, 0.0)]
+    runs += [run("replay", 0, 1.6, 0.2, replayed="self", plain="+2")]
+    runs += [{**made, "seed": seed} for made in runs for seed in (1, 2)]
+    (said,) = (line for line in verdict(results_of(*runs)) if "are learnt, as by" in line)
+    assert said == (
+        "Where 1.500 nats are learnt, as by +2, these lose, with seed 0: replay 0.200, full 0.300,"
+        " +2 0.400; never so much is learnt by: few."
+    )
 
 
 def test_the_verdict_follows():

@@ -78,6 +78,9 @@ def _random_model(out: Path, seq_len: int) -> Llama:
     files.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(files / "tokenizer.json"))
     write_json(files / "config.json", {})
+    ends = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}  # what reads tokenizer.json alone
+    write_json(files / "tokenizer_config.json", kind | ends)
     torch.manual_seed(0)
     return Llama(
         LlamaConfig(

@@ -25,11 +25,12 @@ from llamapro.train.keep import MOST_SAMPLES
 from llamapro.train.loop import open_data
 from llamapro.train.metrics import Metrics
 
-from recipes import paper_inputs, paper_report
+from recipes import paper_accuracy, paper_inputs, paper_report
+from recipes.paper_accuracy import accuracies
 from recipes.paper_config import PaperConfig, Row, Run, Table, scales, steps, table_of
 from recipes.paper_costs import equal_rank, flops, trained
 from recipes.paper_inputs import Inputs
-from recipes.paper_verdict import best_rate
+from recipes.paper_verdict import best_rate, chosen
 from recipes.records import commit, settle
 from recipes.rivals import ATTENTION, Judge, adapt, train_experts, train_top_blocks
 from recipes.workers import workers
@@ -53,6 +54,7 @@ def paper(config: PaperConfig) -> dict:
     del setting["out"], setting["workers"]
     setting = settle(config.out / "setting.json", setting)
     inputs, table = paper_inputs.make(config), table_of(config)
+    paper_accuracy.check(config, inputs.base)
     experiment = Experiment(config, inputs, Checkpoint(inputs.base).config)
     costs, sft_costs = (
         [_cost(experiment, row) for row in rows] for rows in (table.rows, table.sft)
@@ -68,6 +70,9 @@ def paper(config: PaperConfig) -> dict:
                 (results["sft"] if result["sft"] else results)["runs"].append(result)
                 _say(results, result, config.workers)
                 paper_report.write(results, config.out / "report")
+    if config.tasks is not None:
+        results["accuracies"] = accuracies(config, _models(experiment, results))
+        paper_report.write(results, config.out / "report")
     paper_report.draw(results, config.out / "report")
     return results
 
@@ -93,6 +98,17 @@ def stages(config: PaperConfig, table: Table, results: dict) -> Iterator[list[Ru
             for row in rows
             if row not in plain or seed != first
         ]
+
+
+def _models(experiment: Experiment, results: dict) -> dict[str, Path]:
+    """The model of each row with the first seed, after SFT too, and the base; experts have none."""
+    config, found = experiment.config, {"base": experiment.inputs.base}
+    for part in (results, results | results["sft"]):
+        for name, runs in chosen(part).items():
+            final = config.out / "runs" / runs[config.seeds[0]]["name"] / "final"
+            if final.exists():
+                found[name] = final
+    return found
 
 
 def _cost(experiment: Experiment, row: Row) -> dict:
@@ -225,6 +241,7 @@ def _result(run: Run, out: Path) -> dict:
         names |= {"domain": "instructions", BEFORE: "domain"}
     state = read_state(checkpoints(out)[-1])
     return {
+        "name": run.name,
         "row": run.row.name,
         **asdict(run.row),
         "plain": run.row.plain.name,
@@ -248,6 +265,6 @@ def _result(run: Run, out: Path) -> dict:
 if __name__ == "__main__":
     described = {name: (f"The scale {name}.", made) for name, made in scales().items()}
     with said_in_one_line():
-        chosen = tyro.extras.overridable_config_cli(described)
-        paper(chosen)
-        print((chosen.out / "report" / "paper.md").read_text())
+        asked = tyro.extras.overridable_config_cli(described)
+        paper(asked)
+        print((asked.out / "report" / "paper.md").read_text())

@@ -69,6 +69,11 @@ class PaperConfig:
     """How many tokens of each held-out set are evaluated."""
     evaluations: int = 4
     """How often a run is evaluated, its end among them."""
+    tasks: str | None = None
+    """The benchmarks of which each row's model of the first seed is asked, with commas between, as
+    `llamapro eval` has them; those of DATA/bench where there is a data_root."""
+    limit: int | None = None
+    """How many questions of each benchmark are asked; all by default."""
     checkpoint_every: int = 100
     """How many steps lie between checkpoints."""
     workers: int = 1
@@ -200,11 +205,14 @@ def table_of(config: PaperConfig) -> Table:
         rows.append(replace(row, replayed="self", share=most, within=config.within))
     sft = [replace(row, sft=True) for row in (Row("base"), Row("full"), expanded)]
     not_run = {
-        "benchmarks": "`llamapro eval RUN/final` measures a run's model",
         "TRACE in sequence": "an experiment of its own: `make trace`",
     }
     if config.original is None:
         not_run["replay of original data"] = f"those of {config.model} are not at hand"
+    if config.tasks is None:
+        not_run["benchmarks"] = "`llamapro eval RUN/final --tasks ...` measures a run's model"
+    else:
+        not_run["benchmarks of experts"] = "no model directory holds them"
     if config.instructions is None:
         not_run["SFT of base, full and expanded"] = "no instructions are named"
         sft = []

@@ -13,9 +13,13 @@ MARKERS |= {"new_blocks": "o"}
 
 
 def write(results: dict, out: Path) -> None:
-    """Write results.json and the page."""
+    """Write results.json, with what the page says of them, and the page."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", {**results, "verdict": verdict(results)})
+    parts = {"rows": _rows, "sft": _after_sft, "accuracies": _accuracies}
+    said = {
+        "tables": {name: made for name, part in parts.items() if len(made := part(results)) > 1}
+    }
+    write_json(out / "results.json", {**results, **said, "verdict": verdict(results)})
     write_text(out / "paper.md", page(results))
 
 
@@ -45,9 +49,10 @@ def page(results: dict) -> str:
         " base nor the data. Learnt and lost are nats per token: the fall of the domain's log"
         " perplexity, and the mean rise of that of the general sets.",
         "",
-        *_rows(results),
+        *_table(_rows(results)),
         "",
-        *_after_sft(results),
+        *_said_after_sft(results),
+        *_said_of_accuracies(results),
         "![What is learnt against what is lost](frontier.png)",
         "",
         "![The same over tokens](along.png)",
@@ -74,7 +79,12 @@ def page(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(results: dict) -> list[str]:
+def _table(lines: list[list[str]]) -> list[str]:
+    return table(lines[0], lines[1:])
+
+
+def _rows(results: dict) -> list[list[str]]:
+    """The head of the table, and its lines."""
     base = results["base"]
     sets = ["domain", *(name for name in base if name != "domain")]
     head = ["row", "rate", "seeds", "trained", *sets, "KL to the base", "learnt", "lost"]
@@ -87,7 +97,7 @@ def _rows(results: dict) -> list[str]:
             continue
         kl = statistics.fmean(statistics.fmean(r["kl"].values()) for r in runs.values())
         cells.append(_cells(name, runs, sets, base, f"{kl:.3f}"))
-    return table(head, cells)
+    return [head, *cells]
 
 
 def _cells(name: str, runs: dict[int, dict], sets: list[str], base: dict, *kl: str) -> list[str]:
@@ -99,19 +109,48 @@ def _cells(name: str, runs: dict[int, dict], sets: list[str], base: dict, *kl: s
     return said + [str(of_row(runs, base, measure)) for measure in ("learnt", "lost")]
 
 
-def _after_sft(results: dict) -> list[str]:
-    """What is left of what a row learnt and kept, once all parameters learn to answer."""
-    setting, base = results["setting"], results["base"]
-    if not results["sft"]["costs"]:
-        return []
+def _after_sft(results: dict) -> list[list[str]]:
+    """The same of what is left once all parameters learn to answer."""
+    base = results["base"]
     sets = ["instructions", "domain", *(name for name in base if name != "domain")]
     rows = chosen(results | results["sft"])
-    cells = [_cells(name, runs, sets, base) for name, runs in rows.items()]
+    head = ["row", "rate", "seeds", "trained", *sets, "learnt", "lost"]
+    return [head, *(_cells(name, runs, sets, base) for name, runs in rows.items())]
+
+
+def _said_after_sft(results: dict) -> list[str]:
+    setting = results["setting"]
+    if not results["sft"]["costs"]:
+        return []
     return [
         f"Then SFT: all parameters, {setting['sft_tokens']:,} tokens of {setting['instructions']}."
         " Learnt and lost are against the base as above.",
         "",
-        *table(["row", "rate", "seeds", "trained", *sets, "learnt", "lost"], cells),
+        *_table(_after_sft(results)),
+        "",
+    ]
+
+
+def _accuracies(results: dict) -> list[list[str]]:
+    """Shares of right answers in per cent, with their standard errors."""
+    found = results.get("accuracies", {})
+    tasks = [*found.get("base", {})]
+    lines = [
+        [name, *(f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in scores.values())]
+        for name, scores in found.items()
+    ]
+    return [["row, first seed", *tasks], *lines]
+
+
+def _said_of_accuracies(results: dict) -> list[str]:
+    if "accuracies" not in results:
+        return []
+    questions = results["setting"]["limit"]
+    asked = "all questions" if questions is None else f"the first {questions} questions"
+    return [
+        f"Right answers in per cent, ± their standard error over {asked} of each benchmark:",
+        "",
+        *_table(_accuracies(results)),
         "",
     ]
 

@@ -97,6 +97,7 @@ def verdict(results: dict) -> list[str]:
     blocks = results["setting"]["blocks"]
     ours = names["new_blocks", "interleaved", blocks]
     others = [name for name in _plain(rows) if name != ours]
+    lines.append(_at_equal_gain(results, ours))
     lines += [_against(rows, base, ours, other) for other in others]
     for name, runs in rows.items():
         run = next(iter(runs.values()))
@@ -149,6 +150,42 @@ def _frontier(rows: dict, base: dict) -> str:
 
     best = [name for name in rows if not any(beats(other, name) for other in rows)]
     return f"On the frontier, beaten by no other row: {', '.join(best)}."
+
+
+def _at_equal_gain(results: dict, ours: str) -> str:
+    """What each row loses where it learns as much as ours at its best: between two learning rates
+    of its sweep, on a straight line. With replay there is one rate: it counts where more is
+    learnt."""
+    seed, base = results["setting"]["seeds"][0], results["base"]
+    wanted = nats(chosen(results)[ours][seed], base, "learnt")
+    losses, missed = {}, []
+    for name in (cost["row"] for cost in results["costs"]):
+        mine = [r for r in results["runs"] if r["row"] == name and r["seed"] == seed]
+        mine.sort(key=lambda run: run["learning_rate"])
+        points = [(nats(r, base, "learnt"), nats(r, base, "lost")) for r in mine]
+        found = lost_at(points, wanted)
+        if found is None and len(points) == 1 and points[0][0] >= wanted:
+            found = points[0][1]
+        if found is None:
+            missed.append(name)
+        else:
+            losses[name] = found
+    ranked = ", ".join(f"{n} {losses[n]:.3f}" for n in sorted(losses, key=losses.__getitem__))
+    line = (
+        f"Where {wanted:.3f} nats are learnt, as by {ours}, these lose, with seed {seed}: {ranked}"
+    )
+    return f"{line}; never so much is learnt by: {', '.join(missed) or 'none'}."
+
+
+def lost_at(points: list[tuple[float, float]], wanted: float) -> float | None:
+    """The least that is lost where so much is learnt, on the line through the points (learnt,
+    lost); None where it does not come by."""
+    found = []
+    for (a, lost_a), (b, lost_b) in itertools.pairwise(points):
+        if min(a, b) <= wanted <= max(a, b):
+            share = (wanted - a) / (b - a) if b != a else 0.0
+            found.append(lost_a + share * (lost_b - lost_a))
+    return min(found, default=None)
 
 
 def _difference(rows: dict, base: dict, a: str, b: str, measure: str) -> Measured:

@@ -63,7 +63,7 @@ def paper(config: PaperConfig) -> dict:
     where = {"environment": environment(pick_device(config.device)), "commit": commit()}
     results = {"setting": setting, **where, "not_run": table.not_run, "costs": costs, "runs": []}
     results |= {"base": _measure_base(experiment), "sft": {"costs": sft_costs, "runs": []}}
-    with workers(config.workers) as mapped:
+    with workers(config.workers, preload="recipes.rivals") as mapped:
         for stage in stages(config, table, results):
             tasks = [(run, _settings(experiment, run)) for run in stage]
             for result in mapped(partial(_run, experiment), tasks):

@@ -11,13 +11,15 @@ import torch
 
 
 @contextmanager
-def workers(count: int) -> Iterator[Callable]:
-    """Gives what maps a function over tasks: `map` itself, or one that has so many processes. They
-    end as soon as this one does, however it ends."""
+def workers(count: int, preload: str) -> Iterator[Callable]:
+    """Gives what maps a function over tasks: `map` itself, or one that has so many processes, which
+    import `preload` once. They end as soon as this one does, however it ends."""
     if count == 1:
         yield map
         return
-    with ProcessPoolExecutor(count, get_context("spawn"), _begin, (count,)) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    with ProcessPoolExecutor(count, context, _begin, (count,)) as pool:
         try:
             yield pool.map
         except BaseException:

@@ -167,6 +167,7 @@ def _run(experiment: Experiment, task: tuple[Run, TrainConfig]) -> dict:
 
 def _train(experiment: Experiment, run: Run, settings: TrainConfig) -> None:
     config, row = experiment.config, run.row
+    print(f"\n{row.name}, learning rate {run.rate:g}, seed {run.seed}", flush=True)
     if row.sft:
         train(settings, resume=Path(settings.out).exists())
     elif row.way == "lora":

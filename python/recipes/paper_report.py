@@ -8,8 +8,15 @@ from llamapro.storage import write_json, write_text
 
 from recipes.paper_verdict import CERTAIN, chosen, nats, of_row, taught, verdict
 
-MARKERS = {"full": "s", "lora": "^", "lora_equal": "v", "top_blocks": "D", "experts": "P"}
-MARKERS |= {"new_blocks": "o"}
+# A color and a marker for each way; rows of the same way are told apart by their numbers.
+STYLES = {
+    "full": ("black", "s"),
+    "lora": ("tab:orange", "^"),
+    "lora_equal": ("tab:brown", "v"),
+    "top_blocks": ("tab:green", "D"),
+    "experts": ("tab:olive", "P"),
+    "new_blocks": ("tab:blue", "o"),
+}
 
 
 def write(results: dict, out: Path) -> None:
@@ -198,16 +205,14 @@ def _save(pyplot, figure, axis, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _style(number: int, way: str, replayed: str | None) -> dict:
+def _style(run: dict) -> dict:
     """The color and marker of a row; hollow where the base is replayed."""
-    from matplotlib import colormaps
-
-    color = colormaps["tab20"](number % 20)
-    return {"color": color, "marker": MARKERS[way], "markerfacecolor": "w" if replayed else color}
+    color, marker = STYLES[run["way"]]
+    return {"color": color, "marker": marker, "markerfacecolor": "w" if run["replayed"] else color}
 
 
 def _number(axis, number: int, x: float, y: float) -> None:
-    """A row's number beside its last point: there are more rows than colors that can be told."""
+    """A row's number beside its last point."""
     axis.annotate(str(number), (x, y), (5, 4), textcoords="offset points", fontsize=8)
 
 
@@ -221,7 +226,7 @@ def draw_frontier(results: dict, path: Path) -> None:
         mine = [run for run in results["runs"] if run["row"] == cost["row"]]
         if not mine:
             continue
-        style = _style(number, mine[0]["way"], mine[0]["replayed"])
+        style = _style(mine[0])
         swept = sorted(mine, key=lambda run: run["learning_rate"])
         swept = [run for run in swept if run["seed"] == results["setting"]["seeds"][0]]
         points = [(nats(r, base, "learnt"), nats(r, base, "lost")) for r in swept]
@@ -249,7 +254,7 @@ def draw_along(results: dict, path: Path) -> None:
         run = next(iter(runs.values()))
         share = results["setting"]["tokens"] / cost["steps"]
         tokens = [record["step"] * share for record in run["along"]]
-        style = _style(number, run["way"], run["replayed"])
+        style = _style(run)
         for axis, measure in zip(axes, ("learnt", "lost"), strict=True):
             values = [nats(record, base, measure) for record in run["along"]]
             axis.plot(tokens, values, **style, linewidth=1, label=f"{number}. {cost['row']}")

@@ -76,7 +76,7 @@ def test_losses_at_equal_gain_by_hand():
     runs += [{**made, "seed": seed} for made in runs for seed in (1, 2)]
     (said,) = (line for line in verdict(results_of(*runs)) if "are learnt, as by" in line)
     assert said == (
-        "Where 1.500 nats are learnt, as by +2, these lose, with seed 0: replay 0.200, full 0.300,"
+        "Where 1.500 nats are learnt, as by +2, these lose, with seed 0: replay 0.200; full 0.300;"
         " +2 0.400; never so much is learnt by: few."
     )
 
@@ -94,7 +94,7 @@ def test_the_verdict_follows():
     said = "\n".join(lines)
     assert "Most is learnt by" in lines[0] and "within noise of it: near." in lines[0]
     assert lines[1].startswith("Least is lost by +2 interleaved, replay: 0.005 ± 0.000")
-    assert lines[2] == ("On the frontier, beaten by no other row: full, +2 interleaved, replay.")
+    assert lines[2] == ("On the frontier, beaten by no other row: full; +2 interleaved, replay.")
     assert (
         "+2 interleaved against full: learns 0.500 ± 0.000 less, loses 0.500 ± 0.000 less." in said
     )

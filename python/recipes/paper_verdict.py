@@ -137,7 +137,7 @@ def _first(rows: dict, base: dict, measure: str) -> str:
     near = [n for n in rows if n != best and not _difference(rows, base, n, best, measure).sign]
     said = "Most is learnt" if measure == "learnt" else "Least is lost"
     line = f"{said} by {best}: {means[best]} nats per token; within noise of it: "
-    return line + (", ".join(near) or "none") + "."
+    return line + ("; ".join(near) or "none") + "."
 
 
 def _frontier(rows: dict, base: dict) -> str:
@@ -149,7 +149,7 @@ def _frontier(rows: dict, base: dict) -> str:
         return min(more, less) >= 0 and max(more, less) > 0
 
     best = [name for name in rows if not any(beats(other, name) for other in rows)]
-    return f"On the frontier, beaten by no other row: {', '.join(best)}."
+    return f"On the frontier, beaten by no other row: {'; '.join(best)}."
 
 
 def _at_equal_gain(results: dict, ours: str) -> str:
@@ -170,11 +170,11 @@ def _at_equal_gain(results: dict, ours: str) -> str:
             missed.append(name)
         else:
             losses[name] = found
-    ranked = ", ".join(f"{n} {losses[n]:.3f}" for n in sorted(losses, key=losses.__getitem__))
+    ranked = "; ".join(f"{n} {losses[n]:.3f}" for n in sorted(losses, key=losses.__getitem__))
     line = (
         f"Where {wanted:.3f} nats are learnt, as by {ours}, these lose, with seed {seed}: {ranked}"
     )
-    return f"{line}; never so much is learnt by: {', '.join(missed) or 'none'}."
+    return f"{line}; never so much is learnt by: {'; '.join(missed) or 'none'}."
 
 
 def lost_at(points: list[tuple[float, float]], wanted: float) -> float | None:
@@ -212,7 +212,7 @@ def _at_the_edge(rows: dict, rates: dict) -> list[str]:
     ]
     if not found:
         return []
-    return [f"A better learning rate may lie beyond the sweep of {', '.join(found)}."]
+    return [f"A better learning rate may lie beyond the sweep of {'; '.join(found)}."]
 
 
 def _limit(name: str, runs: dict[int, dict], base: dict, within: str) -> str:

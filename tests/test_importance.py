@@ -26,9 +26,6 @@ def test_the_least_are_copied_each_above_its_own():
     assert least_important([3.0, 1.0, 4.0, 1.5], 2) == [2, 5]
     assert least_important([3.0, 1.0, 4.0, 1.5], 4) == [1, 3, 5, 7]
     assert least_important([1.0, 1.0], 1) == [1]  # the lower of equals
-    for count in (0, 3, -1, None):
-        with pytest.raises(ValueError, match=f"new_blocks must be between 1 and 2, got {count}"):
-            least_important([1.0, 1.0], count)
 
 
 def test_costs_are_those_of_a_model_without_the_block(base, token_data):
@@ -61,7 +58,11 @@ def test_expand_by_importance(run, base, token_data, tmp_path):
     assert torch.equal(*(grown[name] for name in names))
 
 
-def test_what_cannot_be_expanded_by_importance_is_refused(run, base, token_data, tmp_path):
+def test_what_cannot_be_expanded_by_importance_is_refused(
+    run, base, token_data, tmp_path, monkeypatch
+):
+    """Before anything is measured."""
+    monkeypatch.delattr("llamapro.eval.importance.removal_costs")
     data, out = token_data(), tmp_path / "expanded"
     words = ["expand", base, out, "--new-blocks", 1]
     expected = "llamapro: --data is for --placement importance, got"
@@ -69,7 +70,10 @@ def test_what_cannot_be_expanded_by_importance_is_refused(run, base, token_data,
     assert run(*words, "--data", data)[0] == f"{expected} interleaved and {data}"
     importance = ["--placement", "importance", "--data"]
     assert "no meta.json" in run(*words, *importance, tmp_path / "none")[0]
-    assert "between 1 and 4, got 9" in run(*words[:-1], 9, *importance, data)[0]
+    for count in (0, 9):
+        said = f"between 1 and the 4 blocks of the base, got {count}"
+        assert said in run(*words[:-1], count, *importance, data)[0]
+    assert "the base, got None" in run("expand", base, out, *importance, data)[0]
     out.mkdir()
     assert f"{out} exists" in run(*words, *importance, tmp_path / "none")[0]
     assert [*out.iterdir()] == []

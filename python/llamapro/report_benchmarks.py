@@ -202,7 +202,7 @@ def benchmarks(figures: list[dict], evaluations: list[Evaluation]) -> list[str]:
         return []
     names = dict.fromkeys(name for row in figures for name in row["benchmarks"])
     lines = [
-        [_title(name, figures), *(_cell(row["benchmarks"].get(name)) for row in figures)]
+        [_title(name, figures), *(cell(row["benchmarks"].get(name)) for row in figures)]
         for name in names
     ]
     lines.append(["mean change", *(points(row.get("mean change")) for row in figures)])
@@ -227,7 +227,7 @@ def _title(name: str, figures: list[dict]) -> str:
     return f"{name} ({score['metric']}{shots})"
 
 
-def _cell(score: dict | None) -> str:
+def cell(score: dict | None) -> str:
     if score is None:
         return "-"
     error = "" if score["stderr"] is None else f" ± {score['stderr']:.1%}"

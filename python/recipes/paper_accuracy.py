@@ -7,7 +7,7 @@ from llamapro.eval.evaluate import Evaluation, evaluate
 from llamapro.eval.tasks import names_of
 from llamapro.hardware import pick_device
 from llamapro.model import Llama
-from llamapro.report_benchmarks import read_evaluations
+from llamapro.report_benchmarks import add_scores, read_evaluations
 
 from recipes.paper_config import PaperConfig
 
@@ -18,18 +18,21 @@ def check(config: PaperConfig, base: Path) -> None:
         _asked(config).check(base, None)
 
 
-def accuracies(config: PaperConfig, models: dict[str, Path]) -> dict[str, dict[str, list]]:
-    """By row and benchmark, [share of the answers that are right, its standard error]; what has
-    been evaluated is read. models: a directory for each row."""
-    found = {}
+def accuracies(config: PaperConfig, models: dict[str, Path]) -> list[dict]:
+    """What each model gets right, and its change against the first, the base; what has been
+    evaluated is read. models: a directory for each row."""
+    scores = []
     for row, path in models.items():
-        file = config.out / "evaluations" / f"{path.parent.name}.json"
+        name = "base" if row == "base" else path.parent.name
+        file = config.out / "evaluations" / f"{name}.json"
         file.parent.mkdir(exist_ok=True)
         dtype, device = getattr(torch, config.dtype), pick_device(config.device)
         evaluate(Llama.from_pretrained(path, dtype, device), path, _asked(config), file)
         (read,) = read_evaluations([file])
-        found[row] = {name: [score.value, score.stderr] for name, score in read.scores.items()}
-    return found
+        scores.append(read.scores)
+    figures = [{"model": row} for row in models]
+    add_scores(figures, scores)
+    return figures
 
 
 def _asked(config: PaperConfig) -> Evaluation:

@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 from llamapro.markdown import table
+from llamapro.report_benchmarks import cell, points
 from llamapro.storage import write_json, write_text
 
 from recipes.paper_verdict import CERTAIN, chosen, nats, of_row, taught, verdict
@@ -139,14 +140,18 @@ def _said_after_sft(results: dict) -> list[str]:
 
 
 def _accuracies(results: dict) -> list[list[str]]:
-    """Shares of right answers in per cent, with their standard errors."""
-    found = results.get("accuracies", {})
-    tasks = [*found.get("base", {})]
+    """Shares of right answers with their standard errors, and the mean change."""
+    found = results.get("accuracies", [])
+    names = dict.fromkeys(name for figures in found for name in figures["benchmarks"])
     lines = [
-        [name, *(f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in scores.values())]
-        for name, scores in found.items()
+        [
+            figures["model"],
+            *(cell(figures["benchmarks"].get(name)) for name in names),
+            points(figures.get("mean change")),
+        ]
+        for figures in found
     ]
-    return [["row, first seed", *tasks], *lines]
+    return [["row, first seed", *names, "mean change"], *lines]
 
 
 def _said_of_accuracies(results: dict) -> list[str]:
@@ -155,7 +160,8 @@ def _said_of_accuracies(results: dict) -> list[str]:
     questions = results["setting"]["limit"]
     asked = "all questions" if questions is None else f"the first {questions} questions"
     return [
-        f"Right answers in per cent, ± their standard error over {asked} of each benchmark:",
+        f"Right answers, ± their standard error over {asked} of each benchmark, and the change"
+        " against the base; none, where it lies within the errors:",
         "",
         *_table(_accuracies(results)),
         "",

@@ -7,13 +7,17 @@ from llamapro.data.tokens import TokenDataset, check_tokenizer
 from llamapro.eval.perplexity import perplexity
 from llamapro.hardware import pick_device
 from llamapro.model import Llama
+from llamapro.model_files import read_config
+from llamapro.placement import place_blocks
 
 SEQ_LEN, TOKENS = 512, 16_384  # of the held-out text that is enough to tell blocks apart
 
 
 def by_importance(base, data, count: int | None) -> list[int]:
     """The positions, in the expanded stack, of copies of the `count` blocks of the directory `base`
-    that the held-out text of the data directory `data` needs least."""
+    that the held-out text of the data directory `data` needs least. Raises ValueError, before
+    anything is computed, for a count that `place_blocks` refuses."""
+    place_blocks(read_config(base).num_hidden_layers, count, "suffix")
     check_tokenizer(data, base)
     model = Llama.from_pretrained(base, device=pick_device("auto"))
     seq_len = min(SEQ_LEN, model.config.max_position_embeddings)
@@ -44,10 +48,8 @@ def removal_costs(
     return costs
 
 
-def least_important(costs: Sequence[float], count: int | None) -> list[int]:
+def least_important(costs: Sequence[float], count: int) -> list[int]:
     """The positions, in the expanded stack, of copies of the `count` blocks with the least costs,
-    each right above its own. Raises ValueError for more than there are."""
-    if not count or not 1 <= count <= len(costs):
-        raise ValueError(f"new_blocks must be between 1 and {len(costs)}, got {count}")
+    each right above its own."""
     least = sorted(sorted(range(len(costs)), key=costs.__getitem__)[:count])
     return [place + 1 + number for number, place in enumerate(least)]
